@@ -1,0 +1,1 @@
+"""What both sides together tell: metrics and the stages that write rows."""

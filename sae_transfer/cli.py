@@ -1,0 +1,187 @@
+"""The verbs: parse, one call, print the path of what was written. No logic; heavy imports happen inside a verb."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sae_transfer import __version__, demo
+from sae_transfer.config import Study, json_schema
+from sae_transfer.console import ConsoleHandler
+from sae_transfer.errors import StudyError
+from sae_transfer.study_file import load_study
+
+EXIT_MENDABLE, EXIT_INTERRUPTED = 2, 130
+TABLE_WIDTH = 150  # characters; the post's ten columns with long SAE names
+
+app = typer.Typer(
+    help="Does a sparse autoencoder trained on a base model work on its chat model, and the other way round?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The study file (YAML).", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the study file, e.g. evaluate.tokens=8192."),
+]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; unset: results/<name>.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; unset: compute.device of the study.")]
+Force = Annotated[bool, typer.Option("--force", help="Do a stage again whose inputs changed.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(name="demo")
+def run_demo(set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+    """The whole study on the embedded pair; CPU, a few minutes.
+
+    Example: sae-transfer demo
+    """
+    _run(_study(demo.STUDY, set_, device), out, ("tokens", "train", "cross-eval", "report"), force)
+
+
+@app.command()
+def check(
+    config: Config,
+    set_: Set = None,
+    tflops: Annotated[float, typer.Option(help="Matrix rate of the device, TFLOP/s.")] = 400.0,
+    gbps: Annotated[float, typer.Option(help="Memory bandwidth of the device, GB/s.")] = 3000.0,
+) -> None:
+    """Say everything that is wrong with a study, what it will do and what it costs; no weights are loaded.
+
+    Example: sae-transfer check configs/demo.yaml --tflops 0.1 --gbps 20
+    """
+    from sae_transfer.plan import describe
+
+    for line in describe(_study(config, set_, None), tflops=tflops, gbps=gbps):
+        typer.echo(line)
+
+
+@app.command()
+def run(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+    """Every stage that is not yet done, then the report.
+
+    Example: sae-transfer run configs/demo.yaml --set evaluate.tokens=8192 --out results/small
+    """
+    _run(_study(config, set_, device), out, ("tokens", "train", "cross-eval", "report"), force)
+
+
+@app.command()
+def train(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+    """Train the SAEs of both models.
+
+    Example: sae-transfer train configs/demo.yaml --set saes.widths=[512,1024]
+    """
+    _run(_study(config, set_, device), out, ("train",), force)
+
+
+@app.command()
+def cross_eval(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+    """Evaluate every SAE on both models and print the table.
+
+    Example: sae-transfer cross-eval configs/demo.yaml --set "evaluate.scale=[matched, raw]"
+    """
+    _run(_study(config, set_, device), out, ("cross-eval",), force)
+
+
+@app.command()
+def report(config: Config, set_: Set = None, out: Out = None) -> None:
+    """Write the tables again from the results that are there.
+
+    Example: sae-transfer report configs/demo.yaml
+    """
+    study = _study(config, set_, None)
+    _show_report(_root(study, out))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a study file, for editors that complete and check YAML.
+
+    Example: sae-transfer schema > study.schema.json
+    """
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _study(config: Path, overrides: list[str] | None, device: str | None) -> Study:
+    return load_study(config, [*(overrides or []), *([f"compute.device={device}"] if device else [])])
+
+
+def _root(study: Study, out: Path | None) -> Path:
+    return out or Path("results") / study.name
+
+
+def _run(study: Study, out: Path | None, stages: tuple[str, ...], force: bool) -> None:
+    from sae_transfer.pipeline import run_stages
+
+    root = _root(study, out)
+    run_stages(study, root, stages, force=force)
+    if "cross-eval" in stages:
+        _show_report(root)
+    else:
+        typer.echo(root)
+
+
+def _show_report(root: Path) -> None:
+    """Write the tables, print the post's, and the path of what was written."""
+    from sae_transfer.report.tables import cross_eval_blocks, write_cross_eval_tables
+
+    written = write_cross_eval_tables(root)
+    # numbers cut short by a narrow terminal would be wrong numbers: there, the terminal wraps the lines
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    for block in cross_eval_blocks(root):
+        console.print(block.title, markup=False, highlight=False, soft_wrap=True)
+        table = Table(box=SIMPLE_HEAD)
+        for column in block.table.columns:
+            table.add_column(column, justify="left" if column in ("SAE", "Model") else "right", no_wrap=True)
+        for row in block.table.itertuples(index=False):
+            table.add_row(*row)
+        console.print(table)
+    typer.echo(written[0].parent)
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    logger = logging.getLogger("sae_transfer")
+    logger.setLevel(logging.INFO)
+    handler = ConsoleHandler(Console(stderr=True))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        handler.close()
+        logger.removeHandler(handler)
+
+
+def main() -> None:
+    """Run the CLI; exit codes: 0, 1 a bug, 2 what the user can mend, 130 interrupted."""
+    with _logging():
+        try:
+            app(standalone_mode=True)
+        except StudyError as error:
+            code = EXIT_MENDABLE
+            logging.getLogger("sae_transfer").error("%s", error)
+        except KeyboardInterrupt:
+            code = EXIT_INTERRUPTED
+            logging.getLogger("sae_transfer").error(
+                "interrupted; finished stages are kept, run the same command to go on"
+            )
+        else:
+            code = 0
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""The language-model side: resolving, loading, tokens, splicing. Knows nothing of SAEs."""

@@ -1,0 +1,247 @@
+"""Resolve and load one side of the pair; say whether the two sides agree."""
+
+import hashlib
+import json
+import logging
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_transfer import demo
+from sae_transfer.errors import StudyError
+
+logger = logging.getLogger(__name__)
+
+WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+FINGERPRINT_SLICES, FINGERPRINT_SLICE_BYTES = 64, 65536
+# Differences in these leave the residual stream comparable: they are noted, never refused.
+NOTED_FIELDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "max_position_embeddings",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One side of the pair on disk.
+
+    Attributes:
+        source: What the study file names.
+        directory: Where its files are.
+        revision: The hub commit it was taken at; None for a local directory.
+        config: The content of its config.json.
+    """
+
+    source: str
+    directory: Path
+    revision: str | None
+    config: dict[str, Any]
+
+    @property
+    def model_class(self) -> str:
+        """The Hugging Face class, for example `LlamaForCausalLM`."""
+        return (self.config.get("architectures") or [str(self.config.get("model_type"))])[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config.get("hidden_size") or self.config["n_embd"])
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return int(self.config.get("num_hidden_layers") or self.config["n_layer"])
+
+
+def resolve(source: str, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
+    """Find a checkpoint: `demo:base` or `demo:chat`, a directory whatever it is called, else a hub id.
+
+    Args:
+        source: As in the study file.
+        revision: Branch, tag or commit of a hub id.
+        weights: Whether the weights are wanted too; without them a hub id brings only its small files.
+
+    Returns:
+        The checkpoint, its config.json read, its weights not.
+
+    Raises:
+        StudyError: Nothing is there, or it is not a Hugging Face checkpoint with safetensors.
+    """
+    if source.startswith("demo:"):
+        if source.removeprefix("demo:") not in demo.SIDES:
+            raise StudyError(f"{source}: the embedded models are demo:base and demo:chat")
+        directory, commit = demo.model_dir(source.removeprefix("demo:")), None
+    elif Path(source).is_dir():
+        directory, commit = Path(source), None
+    else:
+        directory = _from_hub(source, revision, weights)
+        commit = directory.name if directory.parent.name == "snapshots" else None
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"{source}: no readable config.json in {directory} ({error})",
+            "name a directory that `save_pretrained` wrote, or a hub id",
+        ) from error
+    if weights and not any(directory.glob("*.safetensors")):
+        raise StudyError(
+            f"{source}: no .safetensors file in {directory}",
+            "convert the checkpoint with `save_pretrained(..., safe_serialization=True)`; pickled weights are not read",
+        )
+    return Checkpoint(source, directory, commit, config)
+
+
+def _from_hub(source: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = WANTED_FILES if weights else [p for p in WANTED_FILES if p != "*.safetensors"]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise StudyError(
+            f"{source}: is neither a directory nor a hub id", "check the path; relative ones start at the study file"
+        ) from error
+    except Exception as error:  # huggingface_hub raises many kinds, and all mean that the files are not to be had
+        at = f" at revision {revision}" if revision else ""
+        raise StudyError(
+            f"{source}{at}: not a directory, and not to be had from the hub or its local cache"
+            f" ({type(error).__name__}: {str(error).splitlines()[0]})",
+            "check the name, the network (HF_HUB_OFFLINE), and for a gated model the login (`hf auth login`)",
+        ) from error
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Sha256 (hex) that tells whether a checkpoint's numbers changed, without reading all of a large one.
+
+    Covers config.json, and of each weight file its size, its header and evenly spread slices (all of a small file).
+    """
+    sha = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for path in sorted(checkpoint.directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        sha.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            if size <= FINGERPRINT_SLICES * FINGERPRINT_SLICE_BYTES:
+                sha.update(file.read())
+                continue
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            sha.update(file.read(min(header_bytes, size)))
+            for index in range(FINGERPRINT_SLICES):
+                file.seek(index * (size - FINGERPRINT_SLICE_BYTES) // (FINGERPRINT_SLICES - 1))
+                sha.update(file.read(FINGERPRINT_SLICE_BYTES))
+    return sha.hexdigest()
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Load the tokenizer of one side (a `PreTrainedTokenizerBase`).
+
+    Raises:
+        StudyError: The checkpoint has none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.directory)
+    except Exception as error:  # tokenizers raises bare Exception on a damaged file
+        raise StudyError(
+            f"{checkpoint.source}: its tokenizer cannot be read ({type(error).__name__}: {error})",
+            "put tokenizer.json and tokenizer_config.json beside config.json",
+        ) from error
+
+
+def check_agreement(base: Checkpoint, chat: Checkpoint) -> list[str]:
+    """Refuse two checkpoints whose activations cannot be compared; list the differences that leave them comparable.
+
+    Args:
+        base: The base side.
+        chat: The chat side.
+
+    Returns:
+        One sentence a difference worth knowing, for the manifest and one warning.
+
+    Raises:
+        StudyError: Model class, d_model, number of layers, or the meaning of a token id differ.
+    """
+    conflicts = [
+        f"{label}: {ours!r} against {theirs!r}"
+        for label, ours, theirs in (
+            ("model class", base.model_class, chat.model_class),
+            ("d_model", base.d_model, chat.d_model),
+            ("number of layers", base.n_layers, chat.n_layers),
+        )
+        if ours != theirs
+    ]
+    ours, theirs = load_tokenizer(base), load_tokenizer(chat)
+    tokens, others = ({i: t for t, i in tok.get_vocab().items()} for tok in (ours, theirs))
+    clashing = sorted(i for i in tokens.keys() & others.keys() if tokens[i] != others[i])
+    if clashing:
+        shown = ", ".join(f"{i} is {tokens[i]!r} and {others[i]!r}" for i in clashing[:3])
+        conflicts.append(f"{len(clashing)} token ids mean different tokens (id {shown})")
+    if conflicts:
+        raise StudyError(
+            f"pair: {base.source} and {chat.source} do not agree\n    " + "\n    ".join(conflicts),
+            "name a chat model that was fine-tuned from this base model",
+        )
+    notes = [
+        f"{field}: base {base.config.get(field)!r}, chat {chat.config.get(field)!r}"
+        for field in NOTED_FIELDS
+        if base.config.get(field) != chat.config.get(field)
+    ]
+    for role in ("bos_token", "eos_token", "pad_token"):
+        if getattr(ours, role) != getattr(theirs, role):
+            notes.append(f"{role}: base {getattr(ours, role)!r}, chat {getattr(theirs, role)!r}")
+    if len(tokens) != len(others):
+        notes.append(f"tokens in the vocabulary: base {len(tokens)}, chat {len(others)}")
+    if ours.chat_template != theirs.chat_template:
+        notes.append("chat template: differs" if ours.chat_template else "chat template: only the chat side has one")
+    return notes
+
+
+def load_model(checkpoint: Checkpoint, *, dtype: str, device: str) -> Any:
+    """Load one side as a Hugging Face causal language model, without any weight processing.
+
+    Args:
+        checkpoint: Where it is.
+        dtype: `float32` or `bfloat16`.
+        device: A torch device.
+
+    Returns:
+        The `PreTrainedModel`, in eval mode, its parameters frozen, attention by SDPA where the class has it.
+
+    Raises:
+        StudyError: A weight file is damaged, weights are missing or of the wrong shape, or memory ran out.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise StudyError(
+            f"{checkpoint.source}: cannot be loaded from {checkpoint.directory} ({type(error).__name__}: {error})",
+            "a truncated file is the usual cause: fetch or copy the checkpoint again",
+        ) from error
+    model, info = loaded
+    # transformers fills what is missing with random numbers and only warns
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise StudyError(
+            f"{checkpoint.source}: {len(absent)} weights are missing or of the wrong shape, the first is {absent[0]}",
+            "fetch or copy the checkpoint again",
+        )
+    return model.to(device).eval().requires_grad_(False)

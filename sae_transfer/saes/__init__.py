@@ -1,0 +1,1 @@
+"""The dictionary side: SAEs on disk, the activation stream, training."""

@@ -1,0 +1,257 @@
+"""A run directory: paths, atomic writes, stage records, manifest and lock. Knows nothing of what a stage computes."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sae_transfer.config import Study
+from sae_transfer.errors import StudyError
+from sae_transfer.progress import ThinProgress
+from sae_transfer.study_file import resolved_yaml
+
+logger = logging.getLogger(__name__)
+
+LOG_PROGRESS_EVERY_S = 60.0  # bounds log.txt
+OWN_EARLY_FILES = {".lock", "log.txt", "study.yaml"}  # written before the manifest
+RECORDED_PACKAGES = ("sae-transfer", "sae-lens", "transformer-lens", "torch", "transformers", "datasets", "numpy")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Args:
+        path: Where to; its directory is created.
+        text: The content, UTF-8.
+
+    Raises:
+        StudyError: The place cannot be written or the disk is full.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, indented for people; NaN is refused because JSON has none."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well, sync it and rename it into place.
+
+    Args:
+        path: A file or a directory. A directory that is there already is replaced as a whole.
+
+    Yields:
+        The temporary path, not yet existing.
+
+    Raises:
+        StudyError: The place cannot be written or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            temporary = Path(scratch) / path.name
+            yield temporary
+            sync(temporary)
+            if temporary.is_dir() and path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise StudyError(
+            f"{path}: cannot be written ({error.strerror or error})",
+            "check free space and permissions, or choose another place with --out DIR",
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or every file of a directory, to the disk."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def digest(value: Any) -> str:
+    """Sha256 (hex) of a value's canonical JSON."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Sha256 (hex) of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+class RunDirectory:
+    """Where one study's results live. `open` checks that the directory is this study's before anything is written."""
+
+    def __init__(self, root: Path) -> None:
+        """Wrap a path; nothing is read or written.
+
+        Args:
+            root: The run directory.
+        """
+        self.root = root
+
+    @classmethod
+    @contextmanager
+    def open(cls, root: Path, study: Study, identity: Mapping[str, str]) -> "Iterator[RunDirectory]":
+        """Take the directory for a study: create or recognise it, lock it, write the resolved study file.
+
+        Args:
+            root: The run directory.
+            study: What will be run in it.
+            identity: What no run directory may have two of: fingerprints of the models, and the site.
+
+        Yields:
+            The locked run directory.
+
+        Raises:
+            StudyError: It holds something else or another study, another process uses it, or it cannot be written.
+        """
+        run = cls(root)
+        run._refuse_if_foreign(identity)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(root / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StudyError(
+                f"{root}: another sae-transfer process is working in this directory",
+                "wait for it, stop it, or choose another place with --out DIR",
+            ) from error
+        except OSError as error:
+            raise StudyError(
+                f"{root}: cannot be written ({error.strerror or error})", "choose another place with --out DIR"
+            ) from error
+        log_file = logging.FileHandler(root / "log.txt", encoding="utf-8")
+        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log_file.addFilter(ThinProgress(LOG_PROGRESS_EVERY_S))
+        package_logger = logging.getLogger("sae_transfer")
+        package_logger.setLevel(logging.INFO)
+        package_logger.addHandler(log_file)
+        try:
+            write_text(root / "study.yaml", resolved_yaml(study))
+            run.update_manifest(study=study.name, identity=dict(identity))
+            yield run
+        finally:
+            package_logger.removeHandler(log_file)
+            log_file.close()
+            lock.release()
+
+    def _refuse_if_foreign(self, identity: Mapping[str, str]) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise StudyError(
+                f"{self.root}: a file stands where the run directory should be", "choose another --out DIR"
+            )
+        if not self.root.is_dir():
+            return
+        manifest = self.root / "manifest.json"
+        if not manifest.exists():
+            if any(path.name not in OWN_EARLY_FILES for path in self.root.iterdir()):
+                raise StudyError(
+                    f"{self.root}: is not empty, and not a run directory (it has no manifest.json)",
+                    "choose an empty or new directory with --out DIR",
+                )
+            return
+        there = json.loads(manifest.read_text(encoding="utf-8"))
+        other = [label for label in identity if there["identity"].get(label) != identity[label]]
+        if other:
+            raise StudyError(
+                f"{self.root}: belongs to another study, {there['study']}; other than here: {', '.join(other)}",
+                "choose another place with --out DIR, or another name in the study file",
+            )
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """The record of a finished stage, or None when it has not been finished."""
+        path = self._record_path(stage)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def changed_inputs(self, stage: str, inputs: Mapping[str, Any]) -> list[str] | None:
+        """Which inputs of a finished stage differ from those given now.
+
+        Args:
+            stage: The stage's name.
+            inputs: Label -> JSON value, everything the stage's numbers depend on.
+
+        Returns:
+            None when the stage has no record; else the labels that differ, empty when it is up to date.
+        """
+        record = self.record(stage)
+        if record is None:
+            return None
+        then = record["inputs"]
+        return [label for label in sorted({*then, *inputs}) if then.get(label) != digest(inputs.get(label))]
+
+    def finish(self, stage: str, inputs: Mapping[str, Any], seconds: float) -> None:
+        """Write a stage's record. It comes last: a stage whose record exists is done.
+
+        Args:
+            stage: The stage's name.
+            inputs: As given to `changed_inputs`.
+            seconds: How long the stage took, wall clock.
+        """
+        hashes = {label: digest(value) for label, value in inputs.items()}
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(self._record_path(stage), {"inputs": hashes, "finished": finished, "seconds": round(seconds, 1)})
+
+    def forget(self, stage: str) -> None:
+        """Remove a stage's record before its files are touched, so that a half-redone stage never counts as done."""
+        self._record_path(stage).unlink(missing_ok=True)
+
+    def _record_path(self, stage: str) -> Path:
+        return self.root / "stages" / f"{stage}.json"
+
+    def update_manifest(self, **entries: Any) -> None:
+        """Merge entries into manifest.json; versions, hardware and command are those of the present process."""
+        path = self.root / "manifest.json"
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        manifest.update(_surroundings())
+        manifest.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
+        manifest.update(entries)
+        write_json(path, manifest)
+
+
+def _surroundings() -> dict[str, Any]:
+    return {
+        "command": [Path(sys.argv[0]).name, *map(_without_credentials, sys.argv[1:])],
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in RECORDED_PACKAGES},
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
+        "git": _git_state(),
+    }
+
+
+def _without_credentials(argument: str) -> str:
+    """Drop user:password@ from URLs."""
+    return re.sub(r"://[^/@\s]+@", "://", argument)
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and cleanliness of the package's own checkout, None when it is not run from one."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,32 @@
+"""What all tests share: no network, one thread, and a small random pair on disk."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import make_chat_of, make_checkpoint, words_of
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random Llama and a slightly moved copy of it, as base and chat."""
+    root = tmp_path_factory.mktemp("pair")
+    base = make_checkpoint(root / "base", "llama")
+    return base, make_chat_of(base, root / "chat")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 12,000 tokens of text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(words_of(3, 9000))
+    return path

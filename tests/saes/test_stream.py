@@ -1,0 +1,88 @@
+"""The stream: batch n is a function of (token set, seed, n), and every position is used once."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sae_transfer.saes import stream as stream_module
+from sae_transfer.saes.stream import ActivationStream, measure_norm_scale
+
+D_MODEL = 4
+
+
+class PositionSplicer:
+    """A model whose activation at a position tells the token that stands there."""
+
+    restarts = is_residual = True
+    head: Any = SimpleNamespace(weight=torch.zeros(1, D_MODEL))
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def run_to(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return tokens[..., None].float().expand(*tokens.shape, D_MODEL) + 1
+
+    def run_on(self, tokens: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a stream never runs on from the site")
+
+
+def make(monkeypatch: pytest.MonkeyPatch, *, pos: int, batch_size: int, n_batches: int, seed: int = 0, drop=None):
+    """A stream in blocks of three batches over sequences whose token ids count up."""
+    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 3 * 4 * D_MODEL * batch_size)
+    rows = -(-n_batches * batch_size // pos)
+    sequences = np.arange(rows * pos, dtype=np.uint16).reshape(rows, pos)
+    splicer = PositionSplicer()
+    stream = ActivationStream(
+        splicer,
+        sequences,
+        d_model=D_MODEL,
+        norm_scale=2.0,
+        batch_size=batch_size,
+        n_batches=n_batches,
+        seed=seed,
+        drop_norm_above=drop,
+        device="cpu",
+    )
+    return stream, splicer
+
+
+@pytest.mark.parametrize("pos", [8, 10, 7])  # dividing a block, straddling it, dividing nothing
+def test_every_position_is_used_once_scaled_and_shuffled(monkeypatch: pytest.MonkeyPatch, pos: int) -> None:
+    stream, _ = make(monkeypatch, pos=pos, batch_size=16, n_batches=8)
+    seen = torch.cat([batch[:, 0] / 2 - 1 for batch in stream.batches()])
+    assert torch.equal(seen.sort().values, torch.arange(8.0 * 16))
+    assert not torch.equal(seen, seen.sort().values)
+    assert torch.equal(seen[:48].sort().values, torch.arange(48.0))  # shuffled within blocks
+
+
+def test_any_batch_can_be_reached_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    through, _ = make(monkeypatch, pos=10, batch_size=16, n_batches=8)
+    expected = list(through.batches())
+    for n in (7, 0, 4):
+        alone, splicer = make(monkeypatch, pos=10, batch_size=16, n_batches=8)
+        assert torch.equal(alone.batch(n), expected[n])
+        assert splicer.passes == 1
+
+
+def test_another_seed_is_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, _ = make(monkeypatch, pos=8, batch_size=16, n_batches=4)
+    other, _ = make(monkeypatch, pos=8, batch_size=16, n_batches=4, seed=1)
+    assert not torch.equal(one.batch(0), other.batch(0))
+
+
+def test_norms_above_the_limit_are_left_out_and_batches_stay_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, _ = make(monkeypatch, pos=8, batch_size=16, n_batches=3, drop=1.5)
+    seen = torch.cat([batch[:, 0] / 2 for batch in stream.batches()])
+    assert len(seen) == 48
+    assert seen.max() <= 1.5 * 24.5  # the norms are proportional to 1 to 48; torch's median of them is 24
+    assert seen.max() > 30
+
+
+def test_the_norm_scale_is_sqrt_d_over_the_mean_norm() -> None:
+    sequences = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    mean_norm = 2 * np.mean(np.arange(12) + 1)  # d_model equal values: norm is value times sqrt(4)
+    assert measure_norm_scale(PositionSplicer(), sequences, D_MODEL, "cpu") == pytest.approx(2 / mean_norm)

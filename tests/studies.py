@@ -1,0 +1,40 @@
+"""A small study over a random pair, as a file on disk, and how to run it as a user does."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def write_study(directory: Path, base: Path, chat: Path, text: Path, **sections: Any) -> Path:
+    """A study that takes seconds; `sections` replace or add to it, None removes.
+
+    Returns:
+        The study file.
+    """
+    study: dict[str, Any] = {
+        "pair": {"base": str(base), "chat": str(chat)},
+        "site": {"layer": 1, "hook": "resid_pre"},
+        "tokens": {"dataset": str(text), "context_size": 32},
+        "saes": {"widths": [64], "l1_coefficient": [1]},
+        "train": {"tokens": 4096, "batch_size": 64, "lr": 1e-3, "scale_tokens": 2048},
+        "evaluate": {"tokens": 1024, "outlier_threshold": 8},
+        **sections,
+    }
+    path = directory / "small.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in study.items() if value is not None}))
+    return path
+
+
+def read_rows(run: Path, name: str = "cross_eval/rows.csv") -> list[dict[str, str]]:
+    with (run / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `sae-transfer` in a process of its own."""
+    command = [sys.executable, "-m", "sae_transfer", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
