@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sae_transfer.analysis.cross_eval import cross_evaluate
+from sae_transfer.analysis.metrics import BOOTSTRAP_SEED
 from sae_transfer.config import ExternalSAE, SAESpec, Study, require_saes, study_hash
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import Checkpoint, check_agreement, fingerprint, load_model, load_tokenizer, resolve
@@ -50,6 +51,8 @@ def run_stages(study: Study, root: Path, stages: Sequence[str], *, force: bool =
     checkpoints, notes = resolve_pair(study)
     fingerprints = {side: fingerprint(checkpoint) for side, checkpoint in checkpoints.items()}
     identity = {f"{side} model": value for side, value in fingerprints.items()} | {"site": study.site.hook_name}
+    revisions = {f"{side}_revision": checkpoint.revision for side, checkpoint in checkpoints.items()}
+    study = study.model_copy(update={"pair": study.pair.model_copy(update=revisions)})
     with RunDirectory.open(root, study, identity) as run:
         run.update_manifest(pair_differences=notes)
         redo = stages[0] if force and len(stages) == 1 else None
@@ -133,7 +136,7 @@ class _Pipeline:
             model = load_model(checkpoint, dtype=self._training_dtype, device=self._device)
             n_batches = train.tokens // train.batch_size
             stream = ActivationStream(
-                open_splicer(model, study.site.hook_name, checkpoint.directory),
+                open_splicer(model, study.site.hook_name, checkpoint),
                 token_set.training,
                 d_model=checkpoint.d_model,
                 norm_scale=scale,
@@ -279,7 +282,7 @@ class _Pipeline:
             for side, checkpoint in self._checkpoints.items():
                 logger.info("norm scale of %s: measuring on %s tokens", side, f"{sequences.size:,}")
                 model = load_model(checkpoint, dtype=self._training_dtype, device=self._device)
-                splicer = open_splicer(model, study.site.hook_name, checkpoint.directory)
+                splicer = open_splicer(model, study.site.hook_name, checkpoint)
                 scales[side] = measure_norm_scale(splicer, sequences, checkpoint.d_model, self._device)
             self._write_scales(scales, f"the first {sequences.size} training tokens")
 
@@ -358,7 +361,11 @@ class _Pipeline:
                 "dataset": self._token_set.dataset,
                 "bos_token_id": self._token_set.bos_token_id,
             },
-            "seeds": {"tokens": self._study.tokens.seed, "saes": sorted({s.seed for s in self._study.sae_specs()})},
+            "seeds": {
+                "tokens": self._study.tokens.seed,
+                "saes": sorted({spec.seed for spec in self._study.sae_specs()}),
+                "bootstrap": BOOTSTRAP_SEED,
+            },
             "device": torch.cuda.get_device_name() if self._device.startswith("cuda") else self._device,
         }
 

@@ -161,5 +161,5 @@ class _OneModelAtATime:
                 torch.cuda.empty_cache()
             checkpoint = self._checkpoints[side]
             model: Any = load_model(checkpoint, dtype=self._dtype, device=self._device)
-            self._splicer, self._side = open_splicer(model, self._hook_name, checkpoint.directory), side
+            self._splicer, self._side = open_splicer(model, self._hook_name, checkpoint), side
         return self._splicer

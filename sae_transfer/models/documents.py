@@ -190,8 +190,12 @@ def _begin(encoding: "Encoding", token: int) -> int:
     return (encoding.token_to_chars(token) or (0, 0))[0]  # one at a time: `offsets` makes a list of all
 
 
-def local_path(dataset: str) -> Path | None:
+def local_path(dataset: str, key: str = "tokens.dataset") -> Path | None:
     """The file or directory that a dataset is, or None for what is not on this machine's disk.
+
+    Args:
+        dataset: As in the study file.
+        key: Where it stands there.
 
     Raises:
         StudyError: It is written like a path, and nothing is there.
@@ -200,7 +204,7 @@ def local_path(dataset: str) -> Path | None:
     if path.exists():
         return path
     if path.suffix.lower() in (*FORMATS, ".npy") or dataset.startswith(("/", ".", "~")):
-        raise StudyError(f"tokens.dataset: there is no file or directory {dataset}", "check the path")
+        raise StudyError(f"{key}: there is no file or directory {dataset}", "check the path")
     return None
 
 
@@ -241,7 +245,7 @@ def _hub_texts(dataset: str, subset: str | None, split: str, column: str, revisi
     import datasets
 
     remedy = "check the id, tokens.subset, tokens.split, tokens.revision and the network, or name a local file"
-    with _reading(f"tokens.dataset: {dataset} from the hub", remedy):
+    with reading(f"tokens.dataset: {dataset} from the hub", remedy):
         rows = datasets.load_dataset(dataset, subset, split=split, revision=revision, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield _text_of(row, column, f"{dataset}, row {number}")
@@ -256,7 +260,7 @@ def _is_saved_dataset(directory: Path) -> bool:
 def _saved_texts(directory: Path, split: str, column: str) -> Iterator[str]:
     import datasets
 
-    with _reading(str(directory)):
+    with reading(str(directory)):
         saved = datasets.load_from_disk(str(directory))
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
@@ -271,44 +275,49 @@ def _file_documents(file: Path, column: str) -> Iterator[Document]:
     match file.suffix.lower():
         case ".txt":
             yield _text_file_chunks(file)
-        case ".json":
-            yield from map(_chunks, _json_texts(file, column))
-        case ".jsonl":
-            yield from map(_chunks, _json_lines_texts(file, column))
+        case ".json" | ".jsonl":
+            yield from (_chunks(_text_of(row, column, where)) for where, row in json_rows(file))
         case ".parquet":
             yield from map(_chunks, _parquet_texts(file, column))
 
 
 # utf-8-sig throughout: a byte order mark is no text, and json refuses it.
 def _text_file_chunks(file: Path) -> Iterator[str]:
-    with _reading(str(file)), file.open(encoding="utf-8-sig") as opened:
+    with reading(str(file)), file.open(encoding="utf-8-sig") as opened:
         while chunk := opened.read(_PIECE_CHARS):
             yield chunk
 
 
-def _json_texts(file: Path, column: str) -> Iterator[str]:
-    with _reading(str(file), "if it holds one row a line, rename it to .jsonl; else check that it is whole"):
+def json_rows(file: Path) -> Iterator[tuple[str, object]]:
+    """Rows of a `.json`, which is a list, or of a `.jsonl`, with what to call each in a message.
+
+    Raises:
+        StudyError: The file or a line of it is no JSON, or a `.json` is no list.
+    """
+    if file.suffix.lower() == ".jsonl":
+        yield from _json_lines(file)
+        return
+    with reading(str(file), "if it holds one row a line, rename it to .jsonl; else check that it is whole"):
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
     if not isinstance(rows, list):
-        raise StudyError(f"{file}: expected a list of rows, found {_kind(rows)}", "write a list, or a .jsonl")
-    for number, row in enumerate(rows, start=1):
-        yield _text_of(row, column, f"{file}, row {number}")
+        raise StudyError(f"{file}: expected a list of rows, found {kind(rows)}", "write a list, or a .jsonl")
+    yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _json_lines_texts(file: Path, column: str) -> Iterator[str]:
-    with _reading(str(file)), file.open(encoding="utf-8-sig") as opened:
+def _json_lines(file: Path) -> Iterator[tuple[str, object]]:
+    with reading(str(file)), file.open(encoding="utf-8-sig") as opened:
         for number, line in enumerate(opened, start=1):
             if not line.strip():
                 continue
-            with _reading(f"{file}:{number}", "mend or delete that line"):
+            with reading(f"{file}:{number}", "mend or delete that line"):
                 row = json.loads(line)
-            yield _text_of(row, column, f"{file}:{number}")
+            yield f"{file}:{number}", row
 
 
 def _parquet_texts(file: Path, column: str) -> Iterator[str]:
     from pyarrow import parquet
 
-    with _reading(str(file)), parquet.ParquetFile(file) as table:
+    with reading(str(file)), parquet.ParquetFile(file) as table:
         _check_column(column, table.schema_arrow.names, str(file))
         number = 0
         for batch in table.iter_batches(batch_size=1000, columns=[column]):
@@ -318,8 +327,8 @@ def _parquet_texts(file: Path, column: str) -> Iterator[str]:
 
 
 @contextmanager
-def _reading(where: str, remedy: str = "check that it is whole and in the format that its name says") -> Iterator[None]:
-    """Whatever reading raises, as one problem of `where`.
+def reading(where: str, remedy: str = "check that it is whole and in the format that its name says") -> Iterator[None]:
+    """Turn whatever reading raises into one problem of `where`.
 
     Exception, because what lies below (file systems, codecs, arrow, HTTP clients) shares no narrower class.
     """
@@ -337,7 +346,7 @@ def _text_of(row: object, column: str, where: str) -> str:
         _check_column(column, row, where)
         row = row[column]
     if not isinstance(row, str):
-        raise StudyError(f"{where}: expected text in the column {column!r}, found {_kind(row)}", "set tokens.column")
+        raise StudyError(f"{where}: expected text in the column {column!r}, found {kind(row)}", "set tokens.column")
     return row.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, which no tokenizer takes
 
 
@@ -346,5 +355,6 @@ def _check_column(column: str, found: Collection[str], where: str) -> None:
         raise StudyError(f"{where}: no column {column!r}, only {', '.join(found)}", "set tokens.column to one of them")
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
+    """What a value of the wrong kind is, in a few words."""
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

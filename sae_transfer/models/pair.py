@@ -226,7 +226,9 @@ def load_model(checkpoint: Checkpoint, *, dtype: str, device: str) -> Any:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # ours is drawn instead
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True

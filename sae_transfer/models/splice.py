@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_transfer.errors import StudyError
+from sae_transfer.models.pair import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ class BridgeSplicer:
         ]
 
 
-def open_splicer(model: Any, hook_name: str, directory: Path) -> Splicer:
+def open_splicer(model: Any, hook_name: str, checkpoint: Checkpoint) -> Splicer:
     """Choose how a model is cut at a site.
 
     A residual-stream site gets the restart when it agrees with TransformerLens on a few tokens, both up to the site and
@@ -257,7 +258,7 @@ def open_splicer(model: Any, hook_name: str, directory: Path) -> Splicer:
     Args:
         model: A loaded Hugging Face causal language model.
         hook_name: For example `blocks.13.hook_resid_pre`.
-        directory: Its checkpoint directory.
+        checkpoint: Where it was loaded from.
 
     Returns:
         The splicer.
@@ -266,24 +267,24 @@ def open_splicer(model: Any, hook_name: str, directory: Path) -> Splicer:
         StudyError: The layer is beyond the model, or the architecture lacks the hook point.
     """
     layer, kind = parse_hook(hook_name, model.config.get_text_config().num_hidden_layers)
-    reference = BridgeSplicer(model, hook_name, directory)
+    reference = BridgeSplicer(model, hook_name, checkpoint.directory)
     if kind not in ("resid_pre", "resid_post"):
         return reference
     try:
         fast = LayerSplicer(model, layer if kind == "resid_pre" else layer + 1)
         difference = disagreement(fast, reference, model)
     except (AttributeError, StopIteration, TypeError) as error:
-        logger.warning("%s: no restart for %s (%s); whole passes instead", directory, type(model).__name__, error)
+        logger.warning("%s: no restart for %s (%s); whole passes", checkpoint.source, type(model).__name__, error)
         return reference
     if not difference <= AGREEMENT_TOLERANCE[model.dtype]:
         logger.warning(
             "%s: restarting at %s differs from TransformerLens by %.1e (relative); whole passes instead",
-            directory,
+            checkpoint.source,
             hook_name,
             difference,
         )
         return reference
-    logger.info("%s: restart at %s agrees with TransformerLens to %.1e (relative)", directory, hook_name, difference)
+    logger.debug("%s: restart agrees with TransformerLens to %.1e (relative)", checkpoint.source, difference)
     return fast
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from sae_transfer.analysis.cells import CellKey, CellSums, ScalePolicy, Section, evaluate_model, is_outlier
 from sae_transfer.analysis.metrics import Bootstrap
 from sae_transfer.analysis.norms import collect_activations
+from sae_transfer.models.pair import resolve
 from sae_transfer.models.splice import open_splicer
 from sae_transfer.saes.store import StoredSAE
 from tests.checkpoints import make_checkpoint
@@ -40,7 +41,7 @@ def evaluate(
     batch_size: int = 4,
 ) -> dict[CellKey, CellSums]:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
-    splicer = open_splicer(model, hook, directory)
+    splicer = open_splicer(model, hook, resolve(str(directory)))
     rows = token_rows()
     site = collect_activations(
         splicer, rows, d_model=32, batch_size=4, device="cpu", path=tmp_path / "acts.npy", progress=lambda n: None

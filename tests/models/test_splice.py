@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sae_transfer.errors import StudyError
+from sae_transfer.models.pair import Checkpoint, resolve
 from sae_transfer.models.splice import BridgeSplicer, LayerSplicer, Splicer, disagreement, open_splicer
 from tests.checkpoints import SIZES, make_checkpoint
 
@@ -25,6 +26,10 @@ def load(directory: Path):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
 
 
+def checkpoint_at(directory: Path) -> Checkpoint:
+    return resolve(str(directory))
+
+
 def some_tokens(n: int = 24) -> torch.Tensor:
     return torch.randint(3, 250, (2, n), generator=torch.Generator().manual_seed(1))
 
@@ -41,20 +46,20 @@ def test_every_hook_point_gives_hugging_face_logits_when_nothing_is_edited(check
     for hook in HOOKS:
         if (architecture, hook) in LACKING:
             continue
-        splicer = open_splicer(model, f"blocks.1.hook_{hook}", directory)
+        splicer = open_splicer(model, f"blocks.1.hook_{hook}", checkpoint_at(directory))
         torch.testing.assert_close(logits(splicer, tokens, splicer.run_to(tokens)), expected, atol=5e-6, rtol=1e-5)
 
 
 def test_a_hook_point_that_the_architecture_lacks_is_refused(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "m", "gpt_neox")
     with pytest.raises(StudyError, match=r"GPTNeoXForCausalLM has no blocks\.1\.hook_resid_mid"):
-        open_splicer(load(directory), "blocks.1.hook_resid_mid", directory)
+        open_splicer(load(directory), "blocks.1.hook_resid_mid", checkpoint_at(directory))
 
 
 def test_a_layer_beyond_the_model_is_refused(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "m", "llama")
     with pytest.raises(StudyError, match=r"site\.layer: 3 is beyond the model, whose layers are 0 to 2"):
-        open_splicer(load(directory), "blocks.3.hook_resid_pre", directory)
+        open_splicer(load(directory), "blocks.3.hook_resid_pre", checkpoint_at(directory))
 
 
 @pytest.mark.parametrize("hook", ["resid_pre", "resid_post"])
@@ -62,7 +67,7 @@ def test_a_layer_beyond_the_model_is_refused(tmp_path: Path) -> None:
 def test_splicing_by_restart_equals_splicing_by_hook(checkpoint: tuple[str, Path], hook: str, layer: int) -> None:
     _, directory = checkpoint
     model, tokens = load(directory), some_tokens()
-    fast = open_splicer(model, f"blocks.{layer}.hook_{hook}", directory)
+    fast = open_splicer(model, f"blocks.{layer}.hook_{hook}", checkpoint_at(directory))
     assert isinstance(fast, LayerSplicer)
     reference = BridgeSplicer(model, f"blocks.{layer}.hook_{hook}", directory)
     acts = reference.run_to(tokens)
@@ -81,7 +86,7 @@ def test_the_site_is_the_residual_stream_of_hugging_face(checkpoint: tuple[str, 
     with torch.no_grad():
         hidden = model(input_ids=tokens, output_hidden_states=True).hidden_states
     for layer in (0, 1, 2):
-        splicer = open_splicer(model, f"blocks.{layer}.hook_resid_pre", directory)
+        splicer = open_splicer(model, f"blocks.{layer}.hook_resid_pre", checkpoint_at(directory))
         torch.testing.assert_close(splicer.run_to(tokens), hidden[layer], atol=0, rtol=0)
 
 
@@ -90,7 +95,7 @@ def test_hook_points_of_a_block_add_up(checkpoint: tuple[str, Path]) -> None:
     if architecture == "gpt_neox":
         pytest.skip("a parallel block has no resid_mid")
     model, tokens = load(directory), some_tokens()
-    at = {hook: open_splicer(model, f"blocks.1.hook_{hook}", directory).run_to(tokens) for hook in HOOKS}
+    at = {hook: open_splicer(model, f"blocks.1.hook_{hook}", checkpoint_at(directory)).run_to(tokens) for hook in HOOKS}
     torch.testing.assert_close(at["resid_pre"] + at["attn_out"], at["resid_mid"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(at["resid_mid"] + at["mlp_out"], at["resid_post"], atol=1e-5, rtol=1e-5)
 
@@ -135,7 +140,7 @@ def test_longer_contexts_keep_the_sliding_window(tmp_path: Path) -> None:
     model, tokens = load(directory), some_tokens(40)
     with torch.no_grad():
         expected = model(input_ids=tokens).logits.flatten(0, 1)
-    splicer = open_splicer(model, "blocks.1.hook_resid_pre", directory)
+    splicer = open_splicer(model, "blocks.1.hook_resid_pre", checkpoint_at(directory))
     torch.testing.assert_close(logits(splicer, tokens, splicer.run_to(tokens)), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -146,7 +151,7 @@ def test_a_restart_that_differs_from_the_reference_is_not_used(
     model = load(directory)
     honest = LayerSplicer.run_on
     monkeypatch.setattr(LayerSplicer, "run_on", lambda self, tokens, acts: honest(self, tokens, acts * 1.01))
-    splicer = open_splicer(model, "blocks.1.hook_resid_pre", directory)
+    splicer = open_splicer(model, "blocks.1.hook_resid_pre", checkpoint_at(directory))
     assert isinstance(splicer, BridgeSplicer)
     assert "differs from TransformerLens" in caplog.text
     assert disagreement(LayerSplicer(model, 1), splicer, model) > 1e-3
@@ -157,6 +162,6 @@ def test_opening_a_splicer_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model, tokens = load(directory), some_tokens()
     with torch.no_grad():
         before = model(input_ids=tokens).logits
-        splicer = open_splicer(model, "blocks.1.hook_resid_pre", directory)
+        splicer = open_splicer(model, "blocks.1.hook_resid_pre", checkpoint_at(directory))
         splicer.run_on(tokens, splicer.run_to(tokens))
         assert torch.equal(model(input_ids=tokens).logits, before)
