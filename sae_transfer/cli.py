@@ -53,7 +53,7 @@ def run_demo(set_: Set = None, out: Out = None, device: Device = None, force: Fo
 
     Example: sae-transfer demo
     """
-    _run(_study(demo.STUDY, set_, device), out, ("tokens", "train", "cross-eval", "report"), force)
+    _run(_study(demo.STUDY, set_, device), out, None, force)
 
 
 @app.command()
@@ -79,7 +79,7 @@ def run(config: Config, set_: Set = None, out: Out = None, device: Device = None
 
     Example: sae-transfer run configs/demo.yaml --set evaluate.tokens=8192 --out results/small
     """
-    _run(_study(config, set_, device), out, ("tokens", "train", "cross-eval", "report"), force)
+    _run(_study(config, set_, device), out, None, force)
 
 
 @app.command()
@@ -88,7 +88,16 @@ def train(config: Config, set_: Set = None, out: Out = None, device: Device = No
 
     Example: sae-transfer train configs/demo.yaml --set saes.widths=[512,1024]
     """
-    _run(_study(config, set_, device), out, ("train",), force)
+    _run(_study(config, set_, device), out, "train", force)
+
+
+@app.command()
+def finetune(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+    """Continue the base SAEs on the chat model's activations.
+
+    Example: sae-transfer finetune configs/demo.yaml --set finetune.tokens=[20k]
+    """
+    _run(_study(config, set_, device), out, "finetune", force)
 
 
 @app.command()
@@ -97,17 +106,78 @@ def cross_eval(config: Config, set_: Set = None, out: Out = None, device: Device
 
     Example: sae-transfer cross-eval configs/demo.yaml --set "evaluate.scale=[matched, raw]"
     """
-    _run(_study(config, set_, device), out, ("cross-eval",), force)
+    _run(_study(config, set_, device), out, "cross-eval", force)
+
+
+@app.command()
+def outliers(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+    """Norms over the evaluation tokens, what the outliers are, and what depends on the threshold.
+
+    Example: sae-transfer outliers configs/demo.yaml
+    """
+    _run(_study(config, set_, device), out, "outliers", force)
+
+
+@app.command()
+def instruct(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+    """Evaluate the SAEs on instructions and the chat model's own answers.
+
+    Example: sae-transfer instruct configs/demo.yaml --set instruct.n=20
+    """
+    _run(_study(config, set_, device), out, "instruct", force)
+
+
+@app.command()
+def weights(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+    """Compare the two models' weights, and their activations at the site.
+
+    Example: sae-transfer weights configs/demo.yaml
+    """
+    _run(_study(config, set_, device), out, "weights", force)
 
 
 @app.command()
 def report(config: Config, set_: Set = None, out: Out = None) -> None:
-    """Write the tables again from the results that are there.
+    """Write tables, figures and the page from the results that are there.
 
     Example: sae-transfer report configs/demo.yaml
     """
-    study = _study(config, set_, None)
-    _show_report(_root(study, out))
+    from sae_transfer.report.page import write_report
+
+    typer.echo(write_report(_root(_study(config, set_, None), out)))
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[str, typer.Argument(help="SAE directory, SAELens release, hub repository or wandb artifact.")],
+    directory: Annotated[Path, typer.Argument(help="Where to; new or empty.")],
+    sae_id: Annotated[str | None, typer.Option("--id", help="Of a SAELens release.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="It expects activations times this, and is folded; unset: it takes raw ones.")
+    ] = None,
+) -> None:
+    """Bring an SAE from elsewhere into our form: folded, float32, ready for SAE.load_from_disk.
+
+    Example: sae-transfer import gemma-2b-res-jb saes/gemma --id blocks.12.hook_resid_post
+    """
+    from sae_transfer.saes.exchange import import_sae
+
+    import_sae(source, directory, sae_id=sae_id, scale=scale)
+    typer.echo(directory)
+
+
+@app.command()
+def push(
+    sae: Annotated[Path, typer.Argument(help="An SAE of a run: results/NAME/saes/ID.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, org/name.")],
+) -> None:
+    """Upload an SAE of a run to the hub, with its table as model card.
+
+    Example: sae-transfer push results/demo/saes/base-standard-w1024-l1_2-s0 me/demo-sae
+    """
+    from sae_transfer.saes.exchange import push_sae
+
+    typer.echo(push_sae(sae, repository))
 
 
 @app.command()
@@ -127,22 +197,27 @@ def _root(study: Study, out: Path | None) -> Path:
     return out or Path("results") / study.name
 
 
-def _run(study: Study, out: Path | None, stages: tuple[str, ...], force: bool) -> None:
-    from sae_transfer.pipeline import run_stages
+def _run(study: Study, out: Path | None, stage: str | None, force: bool) -> None:
+    """Carry out one stage, or all; print the post's table if it was made, and the path of what was written."""
+    from sae_transfer.pipeline import STAGES, run_stages
 
     root = _root(study, out)
-    run_stages(study, root, stages, force=force)
-    if "cross-eval" in stages:
-        _show_report(root)
+    try:
+        run_stages(study, root, STAGES if stage is None else (stage,), force=force)
+    except KeyboardInterrupt:  # here, because Typer turns it into an exit without a word
+        logging.getLogger("sae_transfer").error("interrupted; finished stages are kept, the same command goes on")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if stage is None or stage == "cross-eval":
+        _print_tables(root)
+    if stage is None:
+        typer.echo(root / "report" / "index.html")
     else:
-        typer.echo(root)
+        typer.echo(root / "saes" if stage in ("train", "finetune") else root / stage.replace("-", "_"))
 
 
-def _show_report(root: Path) -> None:
-    """Write the tables, print the post's, and the path of what was written."""
-    from sae_transfer.report.tables import cross_eval_blocks, write_cross_eval_tables
+def _print_tables(root: Path) -> None:
+    from sae_transfer.report.tables import cross_eval_blocks
 
-    written = write_cross_eval_tables(root)
     # numbers cut short by a narrow terminal would be wrong numbers: there, the terminal wraps the lines
     console = Console(width=max(Console().width, TABLE_WIDTH))
     for block in cross_eval_blocks(root):
@@ -153,7 +228,6 @@ def _show_report(root: Path) -> None:
         for row in block.table.itertuples(index=False):
             table.add_row(*row)
         console.print(table)
-    typer.echo(written[0].parent)
 
 
 @contextmanager
@@ -177,11 +251,6 @@ def main() -> None:
         except StudyError as error:
             code = EXIT_MENDABLE
             logging.getLogger("sae_transfer").error("%s", error)
-        except KeyboardInterrupt:
-            code = EXIT_INTERRUPTED
-            logging.getLogger("sae_transfer").error(
-                "interrupted; finished stages are kept, run the same command to go on"
-            )
         else:
             code = 0
     sys.exit(code)

@@ -229,7 +229,7 @@ class Train(_Section):
     models: Several[Side] = Field(default=("base", "chat"), description="Models that get SAEs.")
     tokens: TokenCount = Field(default=400_000_000, description="Activations seen by each SAE.")
     batch_size: Count = Field(default=4096, description="Activations in a training step.")
-    lr: Positive = Field(default=5e-5, description="Learning rate of Adam.")
+    lr: Annotated[Positive, Field(le=1)] = Field(default=5e-5, description="Learning rate of Adam.")
     lr_decay: Fraction = Field(default=0.2, description="Last fraction of steps, over which lr falls linearly to 0.")
     l1_warmup: Fraction = Field(
         default=0.05, description="First fraction of steps, over which the sparsity penalty rises."
@@ -435,7 +435,8 @@ class Study(_Section):
                     ("train.batch_size", "train.tokens"),
                 )
         for key, tokens in counts:
-            if tokens < context:
+            # the width of a .npy is its own, whatever context_size says
+            if tokens < context and not self.tokens.dataset.endswith(".npy"):
                 yield Contradiction(
                     f"{tokens} is less than one sequence (tokens.context_size is {context})",
                     (key, "tokens.context_size"),

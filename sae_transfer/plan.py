@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from sae_transfer.config import Study
 from sae_transfer.cost import Memory, estimate, hours, model_shape
-from sae_transfer.models.pair import check_agreement, resolve
-from sae_transfer.models.splice import parse_hook
+from sae_transfer.models.pair import resolve_pair
 
 GIB = 2**30
 
@@ -25,10 +24,9 @@ def describe(study: Study, *, tflops: float, gbps: float) -> Iterator[str]:
         StudyError: The pair does not agree, or lacks the site's layer.
     """
     pair = study.pair
-    base = resolve(pair.base, pair.base_revision, weights=False)
-    chat = resolve(pair.chat, pair.chat_revision, weights=False)
-    notes = check_agreement(base, chat)
-    parse_hook(study.site.hook_name, base.n_layers)
+    revisions = (pair.base_revision, pair.chat_revision)
+    checkpoints, notes = resolve_pair((pair.base, pair.chat), revisions, study.site.hook_name, weights=False)
+    base = checkpoints["base"]
     shape = model_shape(base.config)
     cost = estimate(study, shape, gpu=study.compute.device != "cpu")
     time = hours(cost, tflops, gbps)

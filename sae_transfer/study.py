@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from sae_transfer.config import Study
 from sae_transfer.errors import StudyError
@@ -26,6 +27,7 @@ from sae_transfer.study_file import resolved_yaml
 
 logger = logging.getLogger(__name__)
 
+SAMPLE_SLICES, SAMPLE_BYTES = 64, 2**16
 LOG_PROGRESS_EVERY_S = 60.0  # bounds log.txt
 OWN_EARLY_FILES = {".lock", "log.txt", "study.yaml"}  # written before the manifest
 RECORDED_PACKAGES = ("sae-transfer", "sae-lens", "transformer-lens", "torch", "transformers", "datasets", "numpy")
@@ -72,9 +74,9 @@ def replacing(path: Path) -> Iterator[Path]:
             if temporary.is_dir() and path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StudyError(
-            f"{path}: cannot be written ({error.strerror or error})",
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})",
             "check free space and permissions, or choose another place with --out DIR",
         ) from error
 
@@ -99,6 +101,20 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def sampled_digest(path: Path) -> str:
+    """Sha256 (hex) of a file's size, ends and evenly spread slices, all of a small file: enough to tell a change."""
+    size = path.stat().st_size
+    sha = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= SAMPLE_SLICES * SAMPLE_BYTES:
+            sha.update(file.read())
+        else:
+            for index in range(SAMPLE_SLICES):
+                file.seek(index * (size - SAMPLE_BYTES) // (SAMPLE_SLICES - 1))
+                sha.update(file.read(SAMPLE_BYTES))
+    return sha.hexdigest()
+
+
 class RunDirectory:
     """Where one study's results live. `open` checks that the directory is this study's before anything is written."""
 
@@ -112,12 +128,11 @@ class RunDirectory:
 
     @classmethod
     @contextmanager
-    def open(cls, root: Path, study: Study, identity: Mapping[str, str]) -> "Iterator[RunDirectory]":
-        """Take the directory for a study: create or recognise it, lock it, write the resolved study file.
+    def open(cls, root: Path, identity: Mapping[str, str]) -> "Iterator[RunDirectory]":
+        """Take the directory for a study: create or recognise it, and lock it.
 
         Args:
             root: The run directory.
-            study: What will be run in it.
             identity: What no run directory may have two of: fingerprints of the models, and the site.
 
         Yields:
@@ -148,8 +163,6 @@ class RunDirectory:
         package_logger.setLevel(logging.INFO)
         package_logger.addHandler(log_file)
         try:
-            write_text(root / "study.yaml", resolved_yaml(study))
-            run.update_manifest(study=study.name, identity=dict(identity))
             yield run
         finally:
             package_logger.removeHandler(log_file)
@@ -163,26 +176,31 @@ class RunDirectory:
             )
         if not self.root.is_dir():
             return
-        manifest = self.root / "manifest.json"
-        if not manifest.exists():
+        there = _read_json(self.root / "manifest.json")
+        if not (self.root / "study.yaml").exists() or "study" not in there:
             if any(path.name not in OWN_EARLY_FILES for path in self.root.iterdir()):
                 raise StudyError(
-                    f"{self.root}: is not empty, and not a run directory (it has no manifest.json)",
+                    f"{self.root}: is not empty, and not a run directory (it has no study.yaml and manifest.json)",
                     "choose an empty or new directory with --out DIR",
                 )
             return
-        there = json.loads(manifest.read_text(encoding="utf-8"))
-        other = [label for label in identity if there["identity"].get(label) != identity[label]]
+        known = there.get("identity") or {}
+        other = [label for label in identity if label in known and known[label] != identity[label]]
         if other:
             raise StudyError(
                 f"{self.root}: belongs to another study, {there['study']}; other than here: {', '.join(other)}",
                 "choose another place with --out DIR, or another name in the study file",
             )
 
+    def adopt(self, study: Study) -> None:
+        """Write the resolved study file: from now on, what is done here is done for this study."""
+        write_text(self.root / "study.yaml", resolved_yaml(study))
+        self.update_manifest(study=study.name)
+
     def record(self, stage: str) -> dict[str, Any] | None:
         """The record of a finished stage, or None when it has not been finished."""
-        path = self._record_path(stage)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        record = _read_json(self._record_path(stage))
+        return record if "inputs" in record else None
 
     def changed_inputs(self, stage: str, inputs: Mapping[str, Any]) -> list[str] | None:
         """Which inputs of a finished stage differ from those given now.
@@ -222,11 +240,20 @@ class RunDirectory:
     def update_manifest(self, **entries: Any) -> None:
         """Merge entries into manifest.json; versions, hardware and command are those of the present process."""
         path = self.root / "manifest.json"
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        manifest = _read_json(path)
         manifest.update(_surroundings())
         manifest.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
         manifest.update(entries)
         write_json(path, manifest)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty when there is none, or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _surroundings() -> dict[str, Any]:

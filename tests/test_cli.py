@@ -1,6 +1,9 @@
 """The command line as a user meets it."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +53,7 @@ def test_run_prints_the_posts_table_and_where_it_is(
     assert result.returncode == 0, result.stderr
     for heading in ("SAE", "Model", "L0", "CE Loss rec %", "Clean CE Loss", "Explained Variance %", "MSE"):
         assert heading in result.stdout
-    assert result.stdout.strip().endswith("results/small/report/tables")
+    assert result.stdout.strip().endswith("results/small/report/index.html")
     again = cli("cross-eval", config, "--set", "train.tokens=512", cwd=tmp_path)
     assert again.returncode == 0 and "cross-eval: done already, nothing to do" in again.stderr
     changed = cli("train", config, "--set", "train.tokens=1024", cwd=tmp_path)
@@ -73,3 +76,22 @@ def test_the_schema_is_json_with_every_section() -> None:
 @pytest.mark.parametrize("arguments", [("run",), ("no-such-verb",), ("run", "absent.yaml")])
 def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
     assert cli(*arguments).returncode == 2
+
+
+def test_ctrl_c_exits_130_and_the_same_command_goes_on(
+    llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path
+) -> None:
+    config = write_study(tmp_path, *llama_pair, text_file)
+    arguments = ["train", str(config), "--out", str(tmp_path / "run"), "--set", "train.batch_size=1"]
+    process = subprocess.Popen([sys.executable, "-m", "sae_transfer", *arguments], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if line.startswith("train base:"):
+            process.send_signal(signal.SIGINT)
+            break
+    seen += process.stderr.readlines()
+    assert process.wait() == 130, seen
+    assert any("interrupted" in line for line in seen) and not any("Traceback" in line for line in seen)
+    assert cli("train", config, "--out", tmp_path / "run").returncode == 0

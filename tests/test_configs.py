@@ -12,7 +12,7 @@ from sae_transfer.study_file import load_study
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_study_file_is_a_study(path: Path) -> None:
     assert load_study(path).name == path.stem
 

@@ -25,7 +25,9 @@ STOREYS = (
     {"models"},
     {"saes"},
     {"analysis", "report"},
-    {"sweep", "pipeline", "plan"},
+    {"stages"},
+    {"pipeline"},
+    {"sweep", "plan"},
     {"cli"},
     {"__main__"},
 )

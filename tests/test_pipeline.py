@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,6 @@ def test_a_directory_of_another_study_is_refused_and_left_alone(
 def test_a_run_directory_can_be_moved_with_its_models(
     finished: Path, study_file: Path, tmp_path: Path, llama_pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    import shutil
 
     for path in (*llama_pair, finished):
         shutil.copytree(path, tmp_path / path.name)
@@ -278,3 +278,94 @@ def test_a_place_without_write_permission_is_refused(study_file: Path, tmp_path:
     tmp_path.chmod(0o500)
     with pytest.raises(StudyError, match="cannot be written"):
         run_stages(load_study(study_file), tmp_path / "run", ALL)
+
+
+def test_a_refused_run_leaves_the_study_file_of_the_finished_one(finished: Path, study_file: Path) -> None:
+    before = {name: (finished / name).read_text() for name in ("study.yaml", "manifest.json")}
+    with pytest.raises(StudyError, match="changed since: tokens"):
+        run_stages(load_study(study_file, ["tokens.seed=3"]), finished, ALL)
+    assert {name: (finished / name).read_text() for name in before} == before
+
+
+def test_a_mended_checkpoint_is_taken_where_only_tokens_were_made(
+    llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path
+) -> None:
+    chat = shutil.copytree(llama_pair[1], tmp_path / "chat")
+    weights = (chat / "model.safetensors").read_bytes()
+    (chat / "model.safetensors").write_bytes(weights[:-500])
+    study = load_study(write_study(tmp_path, llama_pair[0], chat, text_file), ["train.tokens=256"])
+    with pytest.raises(StudyError, match="fetch or copy the checkpoint again"):
+        run_stages(study, tmp_path / "run", ("train",))
+    (chat / "model.safetensors").write_bytes(weights)
+    run_stages(study, tmp_path / "run", ("train",))
+
+
+def test_changed_content_of_a_dataset_or_an_external_sae_is_noticed(
+    llama_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    ids = np.random.default_rng(0).integers(0, 250, (16, 32)).astype(np.uint16)
+    np.save(tmp_path / "ids.npy", ids)
+    save_inference(random_training_sae("standard"), tmp_path / "mine")
+    external = [{"name": "mine", "trained_on": "base", "path": "mine"}]
+    sections = {"saes": None, "train": None, "external_saes": external, "tokens": {"dataset": "ids.npy"}}
+    evaluate = {"tokens": 512, "outliers": ["kept"]}
+    study = load_study(write_study(tmp_path, *llama_pair, tmp_path, **sections, evaluate=evaluate))
+    run_stages(study, tmp_path / "run", ("cross-eval",))
+    assert {row["n_tokens"] for row in read_rows(tmp_path / "run")} == {"512"}
+    config = tmp_path / "mine" / "cfg.json"
+    config.write_text(config.read_text().replace('"apply_b_dec_to_input": false', '"apply_b_dec_to_input": true'))
+    with pytest.raises(StudyError, match="changed since: external SAEs"):
+        run_stages(study, tmp_path / "run", ("cross-eval",))
+    np.save(tmp_path / "ids.npy", ids[::-1])
+    with pytest.raises(StudyError, match="changed since: content of the dataset"):
+        run_stages(study, tmp_path / "run", ("cross-eval",))
+
+
+def test_lost_weights_are_trained_again(llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, *llama_pair, text_file), ["train.tokens=256"])
+    run = tmp_path / "run"
+    run_stages(study, run, ("train",))
+    lost = run / "saes" / "base-standard-w64-l1_1-s0" / "sae_weights.safetensors"
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(StudyError, match="its weights are gone"):
+        run_stages(study, run, ("cross-eval",))
+    run_stages(study, run, ("train",))
+    assert lost.read_bytes() == content
+
+
+def test_saes_and_thresholds_without_meaning_are_refused(
+    llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path
+) -> None:
+    sae = identity_sae()
+    sae.b_dec[3] = float("nan")
+    save_inference(sae, tmp_path / "nan")
+    save_inference(identity_sae(), tmp_path / "good")
+    for name, threshold, message in (("nan", 8, "not finite"), ("good", 0.001, "every position is an outlier")):
+        external = [{"name": name, "trained_on": "base", "path": name}]
+        sections = {"saes": None, "train": None, "external_saes": external}
+        study = load_study(write_study(tmp_path, *llama_pair, text_file, **sections))
+        study = load_study(tmp_path / "small.yaml", [f"evaluate.outlier_threshold={threshold}"])
+        with pytest.raises(StudyError, match=message):
+            run_stages(study, tmp_path / name / "run", ("cross-eval",))
+
+
+def test_an_sae_of_another_model_is_refused_unless_the_study_says_so(
+    llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path
+) -> None:
+    sae = identity_sae()
+    sae.cfg.metadata.hook_name = "blocks.2.hook_resid_pre"
+    save_inference(sae, tmp_path / "other")
+    external = [{"name": "other", "trained_on": "base", "path": "other"}]
+    config = write_study(tmp_path, *llama_pair, text_file, saes=None, train=None, external_saes=external)
+    with pytest.raises(StudyError, match=r"was trained at blocks\.2"):
+        run_stages(load_study(config), tmp_path / "run", ("cross-eval",))
+    run_stages(load_study(config, ["external_saes.accept_mismatch=true"]), tmp_path / "run", ("cross-eval",))
+
+
+def test_a_foreign_manifest_is_not_taken_for_ours(study_file: Path, tmp_path: Path) -> None:
+    for content in ("{}", "garbage", "[1]"):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(StudyError, match="not a run directory"):
+            run_stages(load_study(study_file), tmp_path, ALL)
+        assert (tmp_path / "manifest.json").read_text() == content

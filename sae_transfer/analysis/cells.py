@@ -5,7 +5,7 @@ Axes: batch pos d_model d_sae d_vocab; `tok` counts the positions with a loss, `
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_transfer.analysis.metrics import SUMS
-from sae_transfer.analysis.norms import SiteActivations
+from sae_transfer.analysis.site import SiteActivations
 from sae_transfer.models.losses import next_token_losses
 from sae_transfer.models.splice import Splicer
 from sae_transfer.saes.store import StoredSAE
 
 ScalePolicy = Literal["matched", "raw"]
-OutlierPolicy = Literal["excluded", "kept"]
 FEATURES_AT_ONCE = 2**26  # values of one slice of [tok d_sae] features: 256 MiB in float32
 
 
@@ -30,7 +29,7 @@ class CellKey(NamedTuple):
 
     sae: str
     scale: ScalePolicy
-    outliers: OutlierPolicy
+    outliers: str
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class CellSums:
 
     Attributes:
         sums: `SUMS` -> `[seq]`.
-        alive: Features active on at least one counted position, `[d_sae]`.
+        alive: Features active on at least one counted position of a group, `[group d_sae]`; the groups are those that
+            share a mu: one of all sequences, or the batches under `averaging: batch`.
     """
 
     sums: dict[str, NDArray[np.float64]]
@@ -68,17 +68,12 @@ class _Reconstruction:
     acts: Float[Tensor, "batch pos d_model"]
     squared_error: Float[Tensor, "batch pos"]
     l0: Int[Tensor, "batch pos"]
-    alive: dict[OutlierPolicy, Bool[Tensor, "d_sae"]] = field(default_factory=dict)
+    alive: dict[str, Bool[Tensor, "d_sae"]]
 
 
 def scale_factor(sae: StoredSAE, norm_scale: float, policy: ScalePolicy) -> float:
     """What the SAE's input is multiplied by: c_m / c_s under `matched`, 1 under `raw` or without a c_s."""
     return 1.0 if policy == "raw" or sae.scale is None else norm_scale / sae.scale
-
-
-def is_outlier(norms: NDArray[np.float64], norm_scale: float, threshold: float | None) -> NDArray[np.bool_]:
-    """Positions with ||x'|| > T, strictly; none without a T. `[seq pos]`."""
-    return np.zeros(norms.shape, bool) if threshold is None else norms * norm_scale > threshold
 
 
 def evaluate_model(
@@ -89,9 +84,8 @@ def evaluate_model(
     saes: Sequence[StoredSAE],
     *,
     norm_scale: float,
-    outliers: NDArray[np.bool_],
+    counted: Mapping[str, NDArray[np.bool_]],
     scale_policies: Sequence[ScalePolicy],
-    outlier_policies: Sequence[OutlierPolicy],
     group_size: int,
     batch_size: int,
     device: str,
@@ -109,9 +103,8 @@ def evaluate_model(
         section: Which positions count.
         saes: To be evaluated.
         norm_scale: c_m.
-        outliers: Positions beyond the threshold, `[seq pos]`.
+        counted: Outlier policy -> the positions of the section that are spliced and counted under it, `[seq pos]`.
         scale_policies: Of `matched`, `raw`.
-        outlier_policies: Of `excluded`, `kept`.
         group_size: Sequences that share one mu: all, or those of a batch under `averaging: batch`; a multiple of
             `batch_size`.
         batch_size: Sequences a pass.
@@ -122,12 +115,12 @@ def evaluate_model(
         Key -> sums.
     """
     n_sequences = len(sequences)
-    counted = {p: section.positions & ~outliers if p == "excluded" else section.positions for p in outlier_policies}
-    means = {p: _group_means(site.acts, counted[p], norm_scale, group_size) for p in outlier_policies}
+    means = {p: _group_means(site.acts, positions, norm_scale, group_size) for p, positions in counted.items()}
     is_constant_ablation = splicer.is_residual and bool(section.positions.all())
-    keys = [CellKey(sae.name, s, o) for sae in saes for s in scale_policies for o in outlier_policies]
+    keys = [CellKey(sae.name, s, o) for sae in saes for s in scale_policies for o in counted]
     sums = {key: {name: np.zeros(n_sequences) for name in SUMS} for key in keys}
-    alive = {key: np.zeros(sae.d_sae, bool) for sae in saes for key in keys if key.sae == sae.name}
+    n_groups = -(-n_sequences // group_size)
+    alive = {key: np.zeros((n_groups, sae.d_sae), bool) for sae in saes for key in keys if key.sae == sae.name}
 
     for start in range(0, n_sequences, batch_size):
         rows = slice(start, min(start + batch_size, n_sequences))
@@ -135,10 +128,8 @@ def evaluate_model(
         acts = torch.from_numpy(site.acts[rows]).to(device)
         inside = torch.from_numpy(section.positions[rows]).to(device)
         has_loss = torch.from_numpy(section.with_loss[rows]).to(device)
-        masks: dict[OutlierPolicy, Tensor] = {
-            p: torch.from_numpy(counted[p][rows]).to(device) for p in outlier_policies
-        }
-        mu = {p: torch.from_numpy(means[p][start // group_size]).to(device) for p in outlier_policies}  # of x'
+        masks = {p: torch.from_numpy(positions[rows]).to(device) for p, positions in counted.items()}
+        mu = {p: torch.from_numpy(mean[start // group_size]).to(device) for p, mean in means.items()}  # of x'
 
         reconstructions: dict[tuple[str, float], _Reconstruction] = {}
         for sae in saes:
@@ -161,7 +152,7 @@ def evaluate_model(
                 residuals[pass_of[key]] = torch.where(mask[..., None], reconstructions[cell_of[key]].acts, acts)
         constants = {
             "zero": torch.zeros_like(acts[0, 0]),
-            **{("mean", p): mu[p] / norm_scale for p in outlier_policies},
+            **{("mean", p): mu[p] / norm_scale for p in counted},
         }
         if not is_constant_ablation:
             residuals |= {name: torch.where(inside[..., None], value, acts) for name, value in constants.items()}
@@ -185,8 +176,7 @@ def evaluate_model(
 
         shared = {"n_loss_tokens": has_loss.sum(1).cpu().numpy(), "ce_clean": per_sequence(ce_clean)}
         shared["ce_zero"] = per_sequence(ce_constant["zero"])
-        for policy in outlier_policies:
-            mask = masks[policy]
+        for policy, mask in masks.items():
             variance = (acts * norm_scale - mu[policy]).square().sum(-1, dtype=torch.float64)
             of_policy = {
                 **shared,
@@ -207,7 +197,7 @@ def evaluate_model(
                 }
                 for name, values in of_cell.items():
                     sums[key][name][rows] = values
-                alive[key] |= reconstruction.alive[policy].cpu().numpy()
+                alive[key][start // group_size] |= reconstruction.alive[policy].cpu().numpy()
         progress(rows.stop)
     return {key: CellSums(sums[key], alive[key]) for key in keys}
 
@@ -223,14 +213,12 @@ def _reconstruct(
     acts: Float[Tensor, "batch pos d_model"],
     factor: float,
     norm_scale: float,
-    masks: Mapping[OutlierPolicy, Bool[Tensor, "batch pos"]],
+    masks: Mapping[str, Bool[Tensor, "batch pos"]],
 ) -> _Reconstruction:
     flat = acts.flatten(0, 1)
     decoded = torch.empty_like(flat)
     l0 = torch.empty(len(flat), dtype=torch.int64, device=flat.device)
-    alive: dict[OutlierPolicy, Tensor] = {
-        policy: torch.zeros(sae.d_sae, dtype=torch.bool, device=flat.device) for policy in masks
-    }
+    alive = {policy: torch.zeros(sae.d_sae, dtype=torch.bool, device=flat.device) for policy in masks}
     step = max(1, FEATURES_AT_ONCE // sae.d_sae)
     for start in range(0, len(flat), step):
         at = slice(start, start + step)
@@ -265,7 +253,9 @@ def _constant_ce(
 ) -> Float[Tensor, "tok"]:
     """Cross-entropy when every position of a residual-stream site holds one vector.
 
-    Attention then averages equal values and nothing else mixes positions: all logits are equal, and one position tells.
+    Attention then averages equal values and nothing else mixes positions: all logits are equal, and one sequence tells.
+    Its positions are averaged in float64, since an error of rounding would be the same for every target.
     """
-    hidden = splicer.run_on(tokens[:1, :1], value[None, None])[0]
-    return -splicer.head.logits(hidden).log_softmax(-1)[0, targets]
+    row = tokens[:1]
+    hidden = splicer.run_on(row, value.expand(*row.shape, -1))[0]
+    return -splicer.head.logits(hidden).double().log_softmax(-1).mean(0)[targets]

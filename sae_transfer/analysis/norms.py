@@ -1,15 +1,12 @@
-"""Activations of a model over the evaluation sequences, their norms, the outlier threshold. Shared by the stages."""
+"""Scaled norms: which positions are outliers, and the threshold that `auto` proposes. Shared by the stages."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sae_transfer.errors import StudyError
-from sae_transfer.models.splice import Splicer
 
 # `auto` looks for an empty stretch of norms that is at least this wide (upper end over lower end): ten times the
 # spacing of neighbours in the upper tail of 100,000 norms, which is one or two percent ...
@@ -19,76 +16,69 @@ MIN_GAP_RATIO = 1.2
 MAX_OUTLIER_FRACTION = 0.05
 
 
-@dataclass(frozen=True)
-class SiteActivations:
-    """What one model does at the site over the evaluation sequences.
+OutlierPolicy = Literal["excluded", "kept"]
 
-    Attributes:
-        acts: Raw activations `[seq pos d_model]`, float32, memory-mapped.
-        norms: Their norms `[seq pos]`, float64.
-    """
 
-    acts: NDArray[np.float32]
-    norms: NDArray[np.float64]
+class Gap(NamedTuple):
+    """An empty stretch of scaled norms, and the threshold in it."""
+
+    threshold: float
+    low: float
+    high: float
 
     @property
-    def norm_scale(self) -> float:
-        """c = sqrt(d_model) / mean ||x||, every position counted (Conerly et al., April 2024)."""
-        return float(self.acts.shape[-1] ** 0.5 / self.norms.mean())
+    def explanation(self) -> str:
+        """Why the threshold lies where it does."""
+        return (
+            f"auto: no position of either model has a scaled norm between {self.low:.1f} and {self.high:.1f}, a factor"
+            f" {self.high / self.low:.2f}; it is the lowest such gap (at least {MIN_GAP_RATIO}) with at most"
+            f" {MAX_OUTLIER_FRACTION:.0%} of either model's positions above it; the threshold is its geometric middle"
+        )
 
 
-def collect_activations(
-    splicer: Splicer,
-    sequences: NDArray[np.integer],
-    *,
-    d_model: int,
-    batch_size: int,
-    device: str,
-    path: Path,
-    progress: Callable[[int], None],
-) -> SiteActivations:
-    """Run a model up to the site over all sequences, once, onto disk.
+def is_outlier(norms: NDArray[np.float64], norm_scale: float, threshold: float | None) -> NDArray[np.bool_]:
+    """Positions with ||x'|| > T, strictly; none without a T. `[seq pos]`."""
+    return np.zeros(norms.shape, bool) if threshold is None else norms * norm_scale > threshold
 
-    Args:
-        splicer: The model cut at the site.
-        sequences: Token ids `[seq pos]`.
-        d_model: Width of the site.
-        batch_size: Sequences a pass.
-        device: Where the model is.
-        path: A file for the activations, 4 bytes a value.
-        progress: Told the number of sequences done.
 
-    Returns:
-        The activations and norms.
+def counted_positions(
+    section: NDArray[np.bool_], outliers: NDArray[np.bool_], policies: Sequence[OutlierPolicy]
+) -> dict[str, NDArray[np.bool_]]:
+    """Policy -> the positions of a section that are spliced and counted, `[seq pos]`.
 
     Raises:
-        StudyError: An activation is not finite.
+        StudyError: Excluding outliers leaves none.
     """
-    acts = np.lib.format.open_memmap(path, "w+", np.float32, (*sequences.shape, d_model))
-    norms = np.empty(sequences.shape)
-    for start in range(0, len(sequences), batch_size):
-        tokens = torch.from_numpy(sequences[start : start + batch_size].astype(np.int64)).to(device)
-        batch = splicer.run_to(tokens).float()
-        norms[start : start + batch_size] = batch.norm(dim=-1).double().cpu().numpy()
-        acts[start : start + batch_size] = batch.cpu().numpy()
-        progress(min(start + batch_size, len(sequences)))
-    if not np.isfinite(norms).all():
-        row, position = np.argwhere(~np.isfinite(norms))[0]
+    counted = {policy: section & ~outliers if policy == "excluded" else section for policy in policies}
+    if section.any() and not all(positions.any() for positions in counted.values()):
         raise StudyError(
-            f"the activation at evaluation sequence {row}, position {position} is not finite",
-            "evaluate in float32 (pair.dtype: float32)",
+            "evaluate.outlier_threshold: every position is an outlier, so nothing is left to count",
+            "raise it, or ask for auto (--set evaluate.outlier_threshold=auto)",
         )
-    return SiteActivations(acts, norms)
+    return counted
 
 
-def propose_threshold(scaled_norms: Sequence[NDArray[np.float64]]) -> float:
+def choose_threshold(
+    asked: float | str, policies: Sequence[OutlierPolicy], scaled_norms: Mapping[str, NDArray[np.float64]]
+) -> float | None:
+    """T as asked for, or as `auto` finds it; None where `auto` is asked for and no policy needs it.
+
+    Raises:
+        StudyError: `auto` finds none.
+    """
+    if not isinstance(asked, str):
+        return asked
+    return find_gap(list(scaled_norms.values())).threshold if "excluded" in policies else None
+
+
+def find_gap(scaled_norms: Sequence[NDArray[np.float64]]) -> Gap:
     """The lowest wide gap in the upper tail of the scaled norms of both models: above it stand the outliers.
 
     Args:
         scaled_norms: `[seq pos]` of each model.
 
     Returns:
-        The geometric middle of the gap, in units of scaled norm, three significant digits.
+        The gap; its threshold is the geometric middle, three significant digits.
 
     Raises:
         StudyError: No gap; a number has to be given.
@@ -106,4 +96,4 @@ def propose_threshold(scaled_norms: Sequence[NDArray[np.float64]]) -> float:
             " (--set evaluate.outliers=[kept])",
         )
     low, high = tail[wide[0]], tail[wide[0] + 1]
-    return float(f"{(low * high) ** 0.5:.3g}")
+    return Gap(float(f"{(low * high) ** 0.5:.3g}"), float(low), float(high))

@@ -1,14 +1,16 @@
-"""Cells as files: rows.csv (a row a cell), transfer.csv (paired gaps), sums.npz (what both come from)."""
+"""Cells as files: rows.csv (a row a cell), transfer.csv and seeds.csv (paired gaps), sums.npz (what all come from)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sae_transfer.analysis.cells import CellSums
 from sae_transfer.analysis.metrics import INTERVAL_METRICS, METRICS, SUMS, Averaging, Bootstrap, Summary
+from sae_transfer.saes.store import StoredSAE
 from sae_transfer.study import replacing, write_text
 
 
@@ -34,6 +36,21 @@ class CellLabel:
     outlier_threshold: float | None
     averaging: str
 
+    @classmethod
+    def of(cls, sae: StoredSAE, **circumstances: Any) -> "CellLabel":
+        """The label of a cell of this SAE; `circumstances` are the columns that do not describe the SAE."""
+        return cls(
+            sae=sae.name,
+            sae_trained_on=sae.trained_on,
+            architecture=sae.architecture,
+            d_sae=sae.d_sae,
+            sparsity_key=sae.sparsity_key,
+            sparsity_value=sae.sparsity_value,
+            seed=sae.seed,
+            sae_scale=sae.scale,
+            **circumstances,
+        )
+
     @property
     def place(self) -> tuple[object, ...]:
         """What transferred and native cell have in common: model, section, policies, and the SAE's settings."""
@@ -43,15 +60,23 @@ class CellLabel:
 
 @dataclass(frozen=True)
 class Cell:
-    """A label, its sums and its count of outliers (in the section, excluded or not)."""
+    """One cell.
+
+    Attributes:
+        label: Which.
+        result: Its sums.
+        n_outliers: Outliers in the section, excluded or not.
+        role: Of the SAE; a control is native to no gap.
+    """
 
     label: CellLabel
     result: CellSums
     n_outliers: int
+    role: str
 
 
 def write_rows(directory: Path, cells: Sequence[Cell], averaging: Averaging, batch_size: int) -> None:
-    """Write rows.csv, transfer.csv and sums.npz of one stage.
+    """Write rows.csv, transfer.csv, seeds.csv and sums.npz of one stage.
 
     Args:
         directory: Where to.
@@ -62,7 +87,11 @@ def write_rows(directory: Path, cells: Sequence[Cell], averaging: Averaging, bat
     bootstrap = Bootstrap(len(cells[0].result.sums["n_tokens"]), averaging, batch_size)
     summaries = {cell.label: bootstrap.summarise(cell.result.sums) for cell in cells}
     write_text(directory / "rows.csv", pd.DataFrame([_row(c, summaries[c.label]) for c in cells]).to_csv(index=False))
-    write_text(directory / "transfer.csv", _transfer(summaries).to_csv(index=False))
+    for name, pairs, columns in (
+        ("transfer.csv", _is_transfer, ("transferred", "native")),
+        ("seeds.csv", _is_seed_pair, ("first", "second")),
+    ):
+        write_text(directory / name, _gaps(cells, summaries, pairs, columns).to_csv(index=False))
     arrays = {name: np.stack([cell.result.sums[name] for cell in cells]) for name in SUMS}
     with replacing(directory / "sums.npz") as path:
         np.savez_compressed(path, allow_pickle=False, **arrays)
@@ -86,26 +115,46 @@ def _row(cell: Cell, summary: Summary) -> dict[str, object]:
     return row
 
 
-def _transfer(summaries: Mapping[CellLabel, Summary]) -> pd.DataFrame:
-    """Gaps transferred - native of all cells that differ in nothing but which model the SAE was trained on."""
+def _gaps(
+    cells: Sequence[Cell],
+    summaries: Mapping[CellLabel, Summary],
+    pairs: Callable[[Cell, Cell], bool],
+    names: tuple[str, str],
+) -> pd.DataFrame:
+    """Gaps first - second, with paired intervals, of every ordered pair of cells that `pairs` accepts."""
     rows = []
-    for label, summary in summaries.items():
-        natives = [other for other in summaries if other.sae_trained_on == other.model and other.place == label.place]
-        if label.sae_trained_on == label.model:
-            continue
-        for native in natives:
+    for first in cells:
+        for second in cells:
+            if not pairs(first, second):
+                continue
+            label = first.label
             row: dict[str, object] = {
                 "section": label.section,
                 "model": label.model,
                 "scale": label.scale,
                 "outliers": label.outliers,
-                "transferred": label.sae,
-                "native": native.sae,
+                names[0]: label.sae,
+                names[1]: second.label.sae,
             }
             for metric in INTERVAL_METRICS:
-                gap = summary.gap(summaries[native], metric)
+                gap = summaries[label].gap(summaries[second.label], metric)
                 row |= {f"{metric}_gap": gap.value, f"{metric}_low": gap.low, f"{metric}_high": gap.high}
             rows.append(row)
-    columns = ["section", "model", "scale", "outliers", "transferred", "native"]
+    columns = ["section", "model", "scale", "outliers", *names]
     columns += [f"{metric}_{end}" for metric in INTERVAL_METRICS for end in ("gap", "low", "high")]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _is_transfer(first: Cell, second: Cell) -> bool:
+    """The second SAE is native and the first differs from it in nothing but where it was trained."""
+    is_native = second.label.sae_trained_on == second.label.model and second.role == "trained"
+    is_transferred = first.label.sae_trained_on != first.label.model
+    return is_native and is_transferred and first.label.place == second.label.place
+
+
+def _is_seed_pair(first: Cell, second: Cell) -> bool:
+    """Two SAEs trained on one model that differ in nothing but the seed, each pair once."""
+    one, other = first.label, second.label
+    seeds_differ = one.seed is not None and other.seed is not None and one.seed > other.seed
+    same_training = one.sae_trained_on == other.sae_trained_on and first.role == second.role == "trained"
+    return seeds_differ and same_training and one.place[:-1] == other.place[:-1]

@@ -1,20 +1,19 @@
 """Resolve and load one side of the pair; say whether the two sides agree."""
 
-import hashlib
 import json
 import logging
-import struct
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_transfer import demo
 from sae_transfer.errors import StudyError
+from sae_transfer.study import digest, sampled_digest
 
 logger = logging.getLogger(__name__)
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-FINGERPRINT_SLICES, FINGERPRINT_SLICE_BYTES = 64, 65536
 # Differences in these leave the residual stream comparable: they are noted, never refused.
 NOTED_FIELDS = (
     "bos_token_id",
@@ -95,6 +94,11 @@ def resolve(source: str, revision: str | None = None, *, weights: bool = True) -
             f"{source}: no readable config.json in {directory} ({error})",
             "name a directory that `save_pretrained` wrote, or a hub id",
         ) from error
+    if not isinstance(config, dict) or not {"hidden_size", "n_embd"} & config.keys():
+        raise StudyError(
+            f"{source}: the config.json in {directory} is not that of a decoder language model (it has no hidden_size)",
+            "name a directory that `save_pretrained` wrote, or a hub id",
+        )
     if weights and not any(directory.glob("*.safetensors")):
         raise StudyError(
             f"{source}: no .safetensors file in {directory}",
@@ -124,24 +128,9 @@ def _from_hub(source: str, revision: str | None, weights: bool) -> Path:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Sha256 (hex) that tells whether a checkpoint's numbers changed, without reading all of a large one.
-
-    Covers config.json, and of each weight file its size, its header and evenly spread slices (all of a small file).
-    """
-    sha = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for path in sorted(checkpoint.directory.glob("*.safetensors")):
-        size = path.stat().st_size
-        sha.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            if size <= FINGERPRINT_SLICES * FINGERPRINT_SLICE_BYTES:
-                sha.update(file.read())
-                continue
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            sha.update(file.read(min(header_bytes, size)))
-            for index in range(FINGERPRINT_SLICES):
-                file.seek(index * (size - FINGERPRINT_SLICE_BYTES) // (FINGERPRINT_SLICES - 1))
-                sha.update(file.read(FINGERPRINT_SLICE_BYTES))
-    return sha.hexdigest()
+    """Sha256 (hex) that tells whether a checkpoint's numbers changed: of its configuration and its weight files."""
+    files = {path.name: sampled_digest(path) for path in sorted(checkpoint.directory.glob("*.safetensors"))}
+    return digest([checkpoint.config, files])
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -207,6 +196,45 @@ def check_agreement(base: Checkpoint, chat: Checkpoint) -> list[str]:
     if ours.chat_template != theirs.chat_template:
         notes.append("chat template: differs" if ours.chat_template else "chat template: only the chat side has one")
     return notes
+
+
+def parse_hook(hook_name: str, n_layers: int) -> tuple[int, str]:
+    """Split `blocks.13.hook_resid_pre` into (13, "resid_pre").
+
+    Raises:
+        StudyError: The layer is beyond the model.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", hook_name)
+    assert match, hook_name
+    layer = int(match[1])
+    if layer >= n_layers:
+        raise StudyError(
+            f"site.layer: {layer} is beyond the model, whose layers are 0 to {n_layers - 1}", "lower site.layer"
+        )
+    return layer, match[2]
+
+
+def resolve_pair(
+    sources: tuple[str, str], revisions: tuple[str | None, str | None], hook_name: str, *, weights: bool = True
+) -> tuple[dict[str, Checkpoint], list[str]]:
+    """Find both models, and refuse a pair that does not agree or lacks the site's layer.
+
+    Args:
+        sources: Of base and chat, as in the study file.
+        revisions: Of both.
+        hook_name: The site.
+        weights: Whether the weights are wanted on disk too.
+
+    Returns:
+        `base` and `chat`, and the differences that leave activations comparable.
+
+    Raises:
+        StudyError: Something does not fit.
+    """
+    base, chat = (resolve(*side, weights=weights) for side in zip(sources, revisions, strict=True))
+    notes = check_agreement(base, chat)
+    parse_hook(hook_name, base.n_layers)
+    return {"base": base, "chat": chat}, notes
 
 
 def load_model(checkpoint: Checkpoint, *, dtype: str, device: str) -> Any:

@@ -7,7 +7,6 @@ site; `BridgeSplicer` is TransformerLens's reference, which knows every hook poi
 
 import copy
 import logging
-import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_transfer.errors import StudyError
-from sae_transfer.models.pair import Checkpoint
+from sae_transfer.models.pair import Checkpoint, parse_hook
 
 logger = logging.getLogger(__name__)
 
@@ -70,22 +69,6 @@ class Head:
         """
         logits = nn.functional.linear(hidden, self.weight, self.bias).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def parse_hook(hook_name: str, n_layers: int) -> tuple[int, str]:
-    """Split `blocks.13.hook_resid_pre` into (13, "resid_pre").
-
-    Raises:
-        StudyError: The layer is beyond the model.
-    """
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", hook_name)
-    assert match, hook_name
-    layer = int(match[1])
-    if layer >= n_layers:
-        raise StudyError(
-            f"site.layer: {layer} is beyond the model, whose layers are 0 to {n_layers - 1}", "lower site.layer"
-        )
-    return layer, match[2]
 
 
 class LayerSplicer:
@@ -241,11 +224,10 @@ class BridgeSplicer:
         if point != "hook_resid_mid":
             return [(self._hook_name, lambda _, hook: acts)]
         # What a hook returns at resid_mid reaches the MLP alone, and the residual goes past it (transformer_lens 3.9);
-        # so the attention's output is set to what makes the sum of both the wanted one.
-        before: list[Tensor] = []
+        # so it is made the sum of nothing and the attention's output, which loses no digit.
         return [
-            (f"{block}.hook_resid_pre", lambda resid_pre, hook: before.append(resid_pre.clone())),
-            (f"{block}.hook_attn_out", lambda _, hook: acts - before[0]),
+            (f"{block}.hook_resid_pre", lambda resid_pre, hook: torch.zeros_like(resid_pre)),
+            (f"{block}.hook_attn_out", lambda _, hook: acts),
         ]
 
 

@@ -36,6 +36,7 @@ class StoredSAE:
         sparsity_key: SAELens's name of the sparsity setting, None when unknown.
         sparsity_value: Its value.
         seed: Of its initial weights, None when unknown.
+        role: `trained`; `finetuned` from a base SAE; `control`, from scratch on a fine-tuning budget.
     """
 
     name: str
@@ -45,6 +46,7 @@ class StoredSAE:
     sparsity_key: str | None = None
     sparsity_value: float | None = None
     seed: int | None = None
+    role: str = "trained"
 
     @property
     def architecture(self) -> str:
@@ -87,6 +89,11 @@ def save_trained(sae: TrainingSAE[Any], scale: float, directory: Path, provenanc
     Raises:
         StudyError: The place cannot be written.
     """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in sae.state_dict().values()):
+        raise StudyError(
+            f"{directory}: the trained weights are not finite; nothing was stored",
+            "lower train.lr, or leave out extreme activations (train.drop_norm_above: 10)",
+        )
     sae.fold_activation_norm_scaling_factor(scale)
     with replacing(directory / WEIGHTS_FILE) as weights, replacing(directory / CONFIG_FILE) as config:
         sae.save_inference_model(weights.parent)
@@ -114,6 +121,7 @@ def load_own(directory: Path, device: str) -> StoredSAE:
         sparsity_key=provenance["sparsity_key"],
         sparsity_value=provenance["sparsity_value"],
         seed=provenance["seed"],
+        role=provenance["role"],
     )
 
 
@@ -175,10 +183,15 @@ def _load_from_disk(directory: Path, device: str) -> SAE[Any]:
             f"{directory}: the SAE cannot be loaded ({type(error).__name__}: {error})",
             "fetch or copy it again; a truncated file is the usual cause",
         ) from error
+    broken = [name for name, tensor in sae.state_dict().items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise StudyError(
+            f"{directory}: the SAE's {broken[0]} holds numbers that are not finite", "fetch or train it again"
+        )
     return sae.eval().requires_grad_(False)
 
 
-def check_fits(sae: StoredSAE, d_model: int, hook_name: str, directory: Path, *, accept_mismatch: bool) -> None:
+def check_fits(sae: StoredSAE, d_model: int, hook_name: str, directory: Path, *, accept_mismatch: bool = False) -> None:
     """Refuse an SAE of the wrong width, or one whose own record names another site.
 
     Args:

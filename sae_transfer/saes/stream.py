@@ -36,6 +36,7 @@ class ActivationStream:
         seed: int,
         drop_norm_above: float | None,
         device: str,
+        positions: NDArray[np.bool_] | None = None,
     ) -> None:
         """Describe the stream; nothing runs before a batch is asked for.
 
@@ -50,13 +51,16 @@ class ActivationStream:
             drop_norm_above: Leave out activations whose norm is above this multiple of their block's median norm, and
                 take others of the block twice in their place; None keeps all.
             device: Where the model is and the batches come.
+            positions: Which positions of `sequences` count, `[seq pos]`; None: all of them.
         """
-        if n_batches * batch_size > sequences.size:
-            raise ValueError(f"{n_batches} batches of {batch_size} need more than {sequences.size} positions")
+        n_positions = sequences.size if positions is None else int(positions.sum())
+        if n_batches * batch_size > n_positions:
+            raise ValueError(f"{n_batches} batches of {batch_size} need more than {n_positions} positions")
         self.batch_size = batch_size
         self.n_batches = n_batches
         self._splicer = splicer
         self._sequences = sequences
+        self._positions = None if positions is None else np.flatnonzero(positions)
         self._d_model = d_model
         self._norm_scale = norm_scale
         self._seed = seed
@@ -85,14 +89,15 @@ class ActivationStream:
         pos = self._sequences.shape[1]
         first = index * self._batches_per_block * self.batch_size
         last = min(first + self._batches_per_block * self.batch_size, self.n_batches * self.batch_size)
+        # where the block's activations stand among all positions, padding included
+        places = np.arange(first, last) if self._positions is None else self._positions[first:last]
         self._block = torch.empty(0)  # the old block's memory before the new one's
         block = torch.empty(last - first, self._d_model, dtype=self._splicer.head.weight.dtype, device=self._device)
         per_pass = max(1, SCALE_BATCH_TOKENS // pos)
-        for row in range(first // pos, -(-last // pos), per_pass):
-            stop = min(row + per_pass, -(-last // pos))
-            acts = run_sequences(self._splicer, self._sequences[row:stop], self._device).flatten(0, 1)
-            begin, end = max(first, row * pos), min(last, stop * pos)
-            block[begin - first : end - first] = acts[begin - row * pos : end - row * pos]
+        for row in range(places[0] // pos, places[-1] // pos + 1, per_pass):
+            acts = run_sequences(self._splicer, self._sequences[row : row + per_pass], self._device).flatten(0, 1)
+            begin, end = np.searchsorted(places, [row * pos, (row + per_pass) * pos])
+            block[begin:end] = acts[torch.from_numpy(places[begin:end] - row * pos).to(self._device)]
         generator = np.random.default_rng([self._seed, index])
         order = generator.permutation(len(block))
         if self._drop_norm_above is not None:

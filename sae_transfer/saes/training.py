@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae_transfer.errors import StudyError
 from sae_transfer.progress import Meter
-from sae_transfer.saes.store import save_trained
+from sae_transfer.saes.store import load_own, save_trained
 from sae_transfer.saes.stream import ActivationStream
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,32 @@ def new_sae(
     return sae.to(device)
 
 
+def continued_sae(directory: Path, fresh: TrainingSAE[Any]) -> TrainingSAE[Any]:
+    """A stored SAE unfolded into the scaled space that it was trained in, ready to be trained on.
+
+    Weights only: optimizer and counters start anew. A topk or batchtopk SAE is stored with the norms of its decoder
+    moved into its encoder; it comes back as the same function in that form.
+
+    Args:
+        directory: `saes/<id>` of this run.
+        fresh: An SAE of the same settings, whose weights are replaced.
+
+    Returns:
+        `fresh`.
+
+    Raises:
+        StudyError: The files are damaged.
+    """
+    stored = load_own(directory, str(fresh.device))
+    assert stored.scale is not None  # own SAEs are always trained in scaled space
+    state = dict(stored.sae.state_dict())
+    if isinstance(fresh, BatchTopKTrainingSAE):
+        state["topk_threshold"] = state.pop("threshold")[0].double()  # one threshold, saved once a feature
+    fresh.load_state_dict(state)
+    fresh.fold_activation_norm_scaling_factor(1 / stored.scale)
+    return fresh
+
+
 def train_saes(
     trainees: Sequence[Trainee],
     stream: ActivationStream,
@@ -117,6 +143,7 @@ def train_saes(
     autocast: bool,
     device: str,
     label: str,
+    on_log: Callable[[str, Mapping[str, Any]], None] = lambda sae, entry: None,
 ) -> None:
     """Train all on every batch of the stream, fold the factor in, and store them.
 
@@ -130,6 +157,7 @@ def train_saes(
         autocast: bfloat16 for the forward pass of the SAEs.
         device: Where SAEs and stream are.
         label: For the progress line.
+        on_log: Told the SAE's id and each entry of its training curve.
 
     Raises:
         StudyError: A loss is not finite; nothing of that training is stored as an SAE.
@@ -152,9 +180,11 @@ def train_saes(
             done = (step + 1) * batch_size
             rate = done / (time.monotonic() - started)
             figures = [_figures(tr, out) for tr, out in zip(trainers, outputs, strict=True)]
-            for log, entry in zip(logs, figures, strict=True):
-                log.write(json.dumps({"step": step + 1, "tokens": done, **entry, "tokens_per_s": round(rate)}) + "\n")
+            for trainee, log, values in zip(trainees, logs, figures, strict=True):
+                entry = {"step": step + 1, "tokens": done, **values, "tokens_per_s": round(rate)}
+                log.write(json.dumps(entry) + "\n")
                 log.flush()
+                on_log(trainee.directory.name, entry)
             meter.update(done, _shown(figures))
     for trainee, trainer in zip(trainees, trainers, strict=True):
         trainer.set_final_sae_metadata()
@@ -187,11 +217,12 @@ def _trainer(
 
 
 def _step(trainer: SAETrainer[Any, Any], batch: Float[Tensor, "tok d_model"]) -> TrainStepOutput:
+    sae = trainer.sae
+    is_first_threshold = isinstance(sae, BatchTopKTrainingSAE) and not bool(sae.topk_threshold)
     trainer.maybe_reset_sparsity()
     output = trainer.step(batch)
-    sae = trainer.sae
-    if isinstance(sae, BatchTopKTrainingSAE) and trainer.n_training_steps == 0:
-        # the average starts at zero; it starts at the first batch's threshold instead
+    if is_first_threshold:
+        # the moving average would start at zero; it starts at the first batch's threshold instead
         sae.topk_threshold = sae.topk_threshold / sae.cfg.topk_threshold_lr
     trainer.n_training_steps += 1
     return output
@@ -216,8 +247,8 @@ def _refuse_if_not_finite(losses: Float[Tensor, "step sae"], step: int, names: S
         )
 
 
-def _figures(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str, float]:
-    """A training-curve entry: losses as SAELens names them, L0, explained variance of the batch, dead features, lr."""
+def _figures(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str, float | None]:
+    """A training-curve entry: losses as SAELens names them, L0, EV of the batch, dead features, lr; None: undefined."""
     logged = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
     losses = {k.removeprefix("losses/"): v for k, v in logged.items() if k.startswith("losses/")}
     values = {
@@ -228,12 +259,12 @@ def _figures(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str
         "dead_features": logged["sparsity/dead_features"],
         "lr": logged["details/current_learning_rate"],
     }
-    return {key: value if math.isfinite(value) else 0.0 for key, value in values.items()}
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
-def _shown(figures: Sequence[Mapping[str, float]]) -> str:
+def _shown(figures: Sequence[Mapping[str, float | None]]) -> str:
     """The figures of the first SAE, and of how many."""
-    first = figures[0]
+    first = {key: float("nan") if value is None else value for key, value in figures[0].items()}
     text = (
         f"loss {first['loss']:.3g}, L0 {first['l0']:.1f}, EV {first['explained_variance']:.1%},"
         f" dead {first['dead_features']:.0f}"

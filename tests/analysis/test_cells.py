@@ -9,9 +9,10 @@ import torch
 from sae_lens import SAE
 from transformers import AutoModelForCausalLM
 
-from sae_transfer.analysis.cells import CellKey, CellSums, ScalePolicy, Section, evaluate_model, is_outlier
+from sae_transfer.analysis.cells import CellKey, CellSums, ScalePolicy, Section, evaluate_model
 from sae_transfer.analysis.metrics import Bootstrap
-from sae_transfer.analysis.norms import collect_activations
+from sae_transfer.analysis.norms import counted_positions, is_outlier
+from sae_transfer.analysis.site import collect_activations
 from sae_transfer.models.pair import resolve
 from sae_transfer.models.splice import open_splicer
 from sae_transfer.saes.store import StoredSAE
@@ -46,16 +47,18 @@ def evaluate(
     site = collect_activations(
         splicer, rows, d_model=32, batch_size=4, device="cpu", path=tmp_path / "acts.npy", progress=lambda n: None
     )
+    section = Section.whole(rows.shape)
     return evaluate_model(
         splicer,
         rows,
         site,
-        Section.whole(rows.shape),
+        section,
         saes,
         norm_scale=norm_scale,
-        outliers=is_outlier(site.norms, norm_scale, threshold),
+        counted=counted_positions(
+            section.positions, is_outlier(site.norms, norm_scale, threshold), ("excluded", "kept")
+        ),
         scale_policies=scales,
-        outlier_policies=("excluded", "kept"),
         group_size=group_size,
         batch_size=batch_size,
         device="cpu",

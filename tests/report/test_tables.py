@@ -10,103 +10,18 @@ import pytest
 from sae_transfer.analysis import metrics
 from sae_transfer.analysis.rows import CellLabel
 from sae_transfer.errors import StudyError
-from sae_transfer.report.tables import CONTEXT, METRICS, cross_eval_blocks, write_cross_eval_tables
-
-# Mistral-7B in the post's result files (explained variance and MSE shortened): L0, CE recovered, clean, SAE, EV, MSE.
-POST = {
-    ("base", "base"): (95.189697265625, 0.987123429775238, 1.5194883346557617, 1.633112907409668, 0.6816638, 1014.08),
-    ("chat", "base"): (
-        72.17414855957031,
-        0.9682628512382507,
-        1.5194883346557617,
-        1.7996500730514526,
-        0.52658,
-        1502.866,
-    ),
-    ("chat", "chat"): (101.691970825195, 0.9901690483093262, 1.7047595977783203, 1.789597749710083, 0.6922954, 1054.82),
-    ("base", "chat"): (126.12207031, 0.9885839819908142, 1.7047595977783203, 1.8031346797943115, 0.6095952, 1327.69),
-}
-ROWS = "cross_eval/rows.csv"
-TABLES = "report/tables"
+from sae_transfer.report.columns import CONTEXT, METRICS
+from sae_transfer.report.gap_tables import transfer_table
+from sae_transfer.report.results import read_cells
+from sae_transfer.report.tables import cross_eval_blocks, cross_eval_table, long_table
+from tests.report.runs import POST, ROWS, TABLES, gap, make_run, post_rows, row, seed_gap
 
 
-def row(trained_on: str, model: str, **changes: object) -> dict[str, object]:
-    l0, recovered, clean, sae, explained, mse = POST.get(
-        (trained_on, model), (86.04, 0.9875, 1.7, 1.81, 0.6543, 1189.2)
-    )
-    metrics = dict.fromkeys(METRICS, 0.5) | {
-        "l0": l0,
-        "ce_recovered": recovered,
-        "ce_clean": clean,
-        "ce_sae": sae,
-        "ce_delta": sae - clean,
-        "ce_zero": 10.373491287231445,
-        "explained_variance_per_token": explained,
-        "mse": mse,
-    }
-    n_outliers = 48 if model == "base" else 51
-    of = {
-        "section": "pile",
-        "sae": f"{trained_on}-standard-w131072-l1_3-s0",
-        "sae_trained_on": trained_on,
-        "architecture": "standard",
-        "d_sae": 131072,
-        "sparsity_key": "l1_coefficient",
-        "sparsity_value": 3.0,
-        "seed": 0,
-        "model": model,
-        "hook_name": "blocks.16.hook_resid_pre",
-        "dtype": "float32",
-        "scale": "matched",
-        "norm_scale": 11.576960263941084,
-        "sae_scale": 7.931667509979551,
-        "outliers": "excluded",
-        "outlier_threshold": 200.0,
-        "averaging": "pooled",
-        "n_tokens": 98304 - n_outliers,
-        "n_loss_tokens": 98256,
-        "n_outliers": n_outliers,
-        "n_sequences": 48,
-    }
-    low = {f"{name}_low": 0.9 * value for name, value in metrics.items()}
-    high = {f"{name}_high": 1.1 * value for name, value in metrics.items()}
-    return {**of, **metrics, **low, **high, **changes}
-
-
-def gap(**changes: object) -> dict[str, object]:
-    return {
-        "section": "pile",
-        "model": "chat",
-        "scale": "matched",
-        "outliers": "excluded",
-        "transferred": "base-standard-w131072-l1_3-s0",
-        "native": "chat-standard-w131072-l1_3-s0",
-        "ce_delta_gap": 0.01234,
-        "ce_delta_low": 0.00996,
-        "ce_delta_high": 0.015,
-        "explained_variance_per_token_gap": -0.0827,
-        "explained_variance_per_token_low": -0.09,
-        "explained_variance_per_token_high": -0.00001,
-        "ce_clean_gap": 0.0,
-        "ce_clean_low": 0.0,
-        "ce_clean_high": 0.0,
-        **changes,
-    }
-
-
-def make_run(run: Path, rows: list[dict[str, object]], gaps: list[dict[str, object]] | None = None) -> Path:
-    (run / "cross_eval").mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(run / ROWS, index=False)
-    columns = list(gap())
-    pd.DataFrame([gap()] if gaps is None else gaps, columns=columns).to_csv(
-        run / "cross_eval/transfer.csv", index=False
-    )
-    return run
-
-
-def post_rows(**changes: object) -> list[dict[str, object]]:
-    """In another order than the post's, as a stage may write them."""
-    return [row(trained_on, model, **changes) for trained_on, model in sorted(POST)]
+def write_tables(run: Path) -> list[Path]:
+    """The tables that a cross-evaluation alone gives, as the report writes them."""
+    cells = read_cells(run, "cross_eval", "cross-eval")
+    tables = (cross_eval_table(cells), long_table(cells), transfer_table(cells))
+    return [path for table in tables for path in table.write(run / TABLES)]
 
 
 def labels(run: Path) -> list[tuple[str, str]]:
@@ -121,7 +36,7 @@ def test_every_column_that_the_stage_writes_is_known() -> None:
 
 
 def test_the_posts_table_is_printed_with_its_columns_its_order_and_rounded_values(tmp_path: Path) -> None:
-    write_cross_eval_tables(make_run(tmp_path, post_rows()))
+    write_tables(make_run(tmp_path, post_rows()))
     assert (
         (tmp_path / TABLES / "cross_eval.md").read_text()
         == """\
@@ -140,7 +55,7 @@ def test_the_posts_table_is_printed_with_its_columns_its_order_and_rounded_value
 
 
 def test_csv_has_the_posts_columns_first_and_every_digit_of_the_rows(tmp_path: Path) -> None:
-    write_cross_eval_tables(make_run(tmp_path, post_rows()))
+    write_tables(make_run(tmp_path, post_rows()))
     table = pd.read_csv(tmp_path / TABLES / "cross_eval.csv")
     head = ["SAE", "Model", "L0", "CE Loss rec %", "Clean CE Loss", "SAE CE Loss", "CE Delta", "0 Abl. CE loss"]
     assert list(table.columns[:10]) == [*head, "Explained Variance %", "MSE"]
@@ -159,15 +74,15 @@ def test_csv_has_the_posts_columns_first_and_every_digit_of_the_rows(tmp_path: P
 def test_the_rows_and_gaps_read_are_left_as_they_were(tmp_path: Path) -> None:
     run = make_run(tmp_path, post_rows())
     before = [(run / "cross_eval" / name).read_bytes() for name in ("rows.csv", "transfer.csv")]
-    write_cross_eval_tables(run)
+    write_tables(run)
     assert [(run / "cross_eval" / name).read_bytes() for name in ("rows.csv", "transfer.csv")] == before
 
 
 def test_writing_again_gives_the_same_nine_files_and_nothing_else(tmp_path: Path) -> None:
     run = make_run(tmp_path, post_rows())
-    paths = write_cross_eval_tables(run)
+    paths = write_tables(run)
     contents = [path.read_bytes() for path in paths]
-    assert write_cross_eval_tables(run) == paths
+    assert write_tables(run) == paths
     assert [path.read_bytes() for path in paths] == contents
     names = [
         f"{stem}.{kind}" for stem in ("cross_eval", "cross_eval_long", "transfer") for kind in ("csv", "md", "tex")
@@ -201,7 +116,7 @@ def test_finetuned_saes_come_after_the_posts_cells_and_external_ones_last_by_the
     rows = [row("chat", "base", **mine), row("base", "base", **mine), row("finetuned", "chat"), *post_rows()]
     run = make_run(tmp_path, rows)
     assert labels(run)[4:] == [("Fine-tuned base", "Chat"), ("mine_50%|x", "Base"), ("mine_50%|x", "Base")]
-    write_cross_eval_tables(run)
+    write_tables(run)
     assert r"| mine_50%\|x | Base |" in (run / TABLES / "cross_eval.md").read_text()
     assert r"mine\_50\%\textbar{}x & Base &" in (run / TABLES / "cross_eval.tex").read_text()
 
@@ -226,11 +141,32 @@ def test_several_saes_of_a_role_are_told_apart_by_what_differs(tmp_path: Path) -
     assert "SAE widths 1024, 2048, 131072," in cross_eval_blocks(run)[0].title
 
 
-def test_saes_that_share_every_trait_are_told_apart_by_their_id(tmp_path: Path) -> None:
+def test_fine_tuned_saes_are_told_apart_by_their_budget(tmp_path: Path) -> None:
     tail = "standard-w131072-l1_3-s0"
     rows = [row("finetuned", "chat", sae=f"finetuned-{tail}-{budget}") for budget in ("5M", "50M")]
     found = labels(make_run(tmp_path, rows, []))
-    assert found == [(f"Fine-tuned base ({tail}-5M)", "Chat"), (f"Fine-tuned base ({tail}-50M)", "Chat")]
+    assert found == [("Fine-tuned base (5M tokens)", "Chat"), ("Fine-tuned base (50M tokens)", "Chat")]
+
+
+def test_saes_without_a_budget_that_share_every_trait_are_told_apart_by_their_id(tmp_path: Path) -> None:
+    rows = [row("base", "base", sae=f"base-standard-w131072-{end}", seed="", sparsity_key="") for end in ("a", "b")]
+    assert [sae for sae, _ in labels(make_run(tmp_path, rows, []))] == [
+        "Base (standard-w131072-a)",
+        "Base (standard-w131072-b)",
+    ]
+
+
+def test_a_chat_sae_from_scratch_on_a_small_budget_is_not_called_a_chat_sae(tmp_path: Path) -> None:
+    rows = [
+        row("chat", "chat"),
+        row("chat", "chat", sae="control-standard-w131072-l1_3-s0-5M"),
+        row("finetuned", "chat"),
+    ]
+    assert labels(make_run(tmp_path, rows, [])) == [
+        ("Chat", "Chat"),
+        ("Fine-tuned base", "Chat"),
+        ("Chat from scratch", "Chat"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -256,14 +192,14 @@ def test_values_are_rounded_to_their_metrics_precision(name: str, value: float, 
 
 def test_an_undefined_metric_reads_na_and_is_empty_in_csv(tmp_path: Path) -> None:
     run = make_run(tmp_path, [row("base", "base", ce_recovered="")], [])
-    write_cross_eval_tables(run)
+    write_tables(run)
     assert "| Base | Base | 95.2 | n/a | 1.5195 |" in (run / TABLES / "cross_eval.md").read_text()
     assert (run / TABLES / "cross_eval.csv").read_text().splitlines()[1].startswith("Base,Base,95.189697265625,,1.519")
 
 
 def test_the_long_form_has_a_line_for_each_cell_and_metric_with_its_interval(tmp_path: Path) -> None:
     run = make_run(tmp_path, post_rows())
-    write_cross_eval_tables(run)
+    write_tables(run)
     table = pd.read_csv(run / TABLES / "cross_eval_long.csv")
     assert list(table.columns[:7]) == ["SAE", "Model", "Metric", "Value", "Low", "High", "metric_id"]
     assert len(table) == len(POST) * len(METRICS)
@@ -277,32 +213,47 @@ def test_the_long_form_has_a_line_for_each_cell_and_metric_with_its_interval(tmp
 
 def test_gaps_are_printed_with_their_interval_in_the_units_of_the_table(tmp_path: Path) -> None:
     run = make_run(tmp_path, post_rows())
-    write_cross_eval_tables(run)
+    write_tables(run)
     markdown = (run / TABLES / "transfer.md").read_text()
-    assert markdown.startswith("**Transferred minus native SAE, paired, with its 95% bootstrap interval at blocks.16.")
+    assert markdown.startswith(
+        "**SAE minus the one it is held against, paired, with its 95% bootstrap interval at blocks.16."
+    )
     assert markdown.endswith(
         """
-| Transferred | Native | Model | Metric | Gap [low, high] |
-| --- | --- | --- | --- | ---: |
-| Base | Chat | Chat | CE Delta | 0.0123 [0.0100, 0.0150] |
-| Base | Chat | Chat | Explained Variance % | -8.3 [-9.0, 0.0] |
+| Comparison | SAE | Against | Model | Metric | Gap [low, high] |
+| --- | --- | --- | --- | --- | ---: |
+| transfer | Base | Chat | Chat | CE Delta | 0.0123 [0.0100, 0.0150] |
+| transfer | Base | Chat | Chat | Explained Variance % | -8.3 [-9.0, 0.0] |
 """
     )
     table = pd.read_csv(run / TABLES / "transfer.csv").set_index("metric_id")
     assert table.loc["ce_delta", ["Gap", "Low", "High"]].tolist() == [0.01234, 0.00996, 0.015]
-    assert table.at["ce_delta", "transferred_id"] == "base-standard-w131072-l1_3-s0"
+    assert table.at["ce_delta", "sae_id"] == "base-standard-w131072-l1_3-s0"
+
+
+def test_gaps_between_seeds_stand_in_the_same_table_as_a_noise_floor(tmp_path: Path) -> None:
+    second = row("chat", "chat", sae="chat-standard-w131072-l1_3-s1", seed=1)
+    tuned = row("finetuned", "chat")
+    gaps = [gap(), gap(transferred=tuned["sae"])]
+    write_tables(make_run(tmp_path, [*post_rows(), second, tuned], gaps, [seed_gap(-0.0042)]))
+    lines = [line for line in (tmp_path / TABLES / "transfer.md").read_text().splitlines() if "CE Delta" in line]
+    assert lines == [
+        "| transfer | Base | Chat (seed 0) | Chat | CE Delta | 0.0123 [0.0100, 0.0150] |",
+        "| fine-tuning | Fine-tuned base | Chat (seed 0) | Chat | CE Delta | 0.0123 [0.0100, 0.0150] |",
+        "| seeds | Chat (seed 0) | Chat (seed 1) | Chat | CE Delta | -0.0042 [-0.0052, -0.0032] |",
+    ]
 
 
 def test_without_gaps_there_is_no_transfer_table_nor_an_old_one(tmp_path: Path) -> None:
-    write_cross_eval_tables(make_run(tmp_path, post_rows()))
-    paths = write_cross_eval_tables(make_run(tmp_path, post_rows(), []))
+    write_tables(make_run(tmp_path, post_rows()))
+    paths = write_tables(make_run(tmp_path, post_rows(), []))
     assert len(paths) == 6
     assert not list((tmp_path / TABLES).glob("transfer.*"))
 
 
 def test_latex_is_escaped_uses_booktabs_rules_and_splits_what_is_longer_than_a_page(tmp_path: Path) -> None:
     run = make_run(tmp_path, post_rows())
-    write_cross_eval_tables(run)
+    write_tables(run)
     post, long = ((run / TABLES / f"{name}.tex").read_text() for name in ("cross_eval", "cross_eval_long"))
     assert r"blocks.16.hook\_resid\_pre" in post
     assert r"\shortstack{CE Loss\\rec \%}" in post
@@ -317,7 +268,7 @@ def test_latex_is_escaped_uses_booktabs_rules_and_splits_what_is_longer_than_a_p
 def test_latex_compiles_with_booktabs_alone_and_no_table_leaves_the_page(tmp_path: Path) -> None:
     hostile = r"[_&#%^{~\|"
     run = make_run(tmp_path, [*post_rows(), row("base", "chat", sae=hostile), row("finetuned", "chat")])
-    inputs = "".join(rf"\input{{{path}}}" for path in write_cross_eval_tables(run) if path.suffix == ".tex")
+    inputs = "".join(rf"\input{{{path}}}" for path in write_tables(run) if path.suffix == ".tex")
     document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{inputs}\end{{document}}"
     (tmp_path / "document.tex").write_text(document)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"]
@@ -332,7 +283,7 @@ def test_a_run_without_cross_evaluation_is_told_which_verb_makes_it(tmp_path: Pa
     run = make_run(tmp_path, post_rows())
     (run / "cross_eval" / name).unlink()
     with pytest.raises(StudyError, match=rf"{name}: not there[^$]*sae-transfer cross-eval CONFIG"):
-        write_cross_eval_tables(run)
+        write_tables(run)
     assert not (run / "report").exists()
 
 

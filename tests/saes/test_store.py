@@ -11,7 +11,13 @@ from sae_transfer.errors import StudyError
 from sae_transfer.saes.store import check_fits, load_external, load_own, same_site_name, save_trained
 from tests.saes.saes import ARCHITECTURES, identity_sae, random_training_sae, save_inference
 
-PROVENANCE = {"trained_on": "base", "sparsity_key": "l1_coefficient", "sparsity_value": 1.0, "seed": 0}
+PROVENANCE = {
+    "trained_on": "base",
+    "sparsity_key": "l1_coefficient",
+    "sparsity_value": 1.0,
+    "seed": 0,
+    "role": "trained",
+}
 
 
 def activations(n: int = 200) -> torch.Tensor:

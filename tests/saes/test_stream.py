@@ -86,3 +86,24 @@ def test_the_norm_scale_is_sqrt_d_over_the_mean_norm() -> None:
     sequences = np.arange(12, dtype=np.uint16).reshape(3, 4)
     mean_norm = 2 * np.mean(np.arange(12) + 1)  # d_model equal values: norm is value times sqrt(4)
     assert measure_norm_scale(PositionSplicer(), sequences, D_MODEL, "cpu") == pytest.approx(2 / mean_norm)
+
+
+def test_only_the_positions_that_count_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 3 * 4 * D_MODEL * 4)
+    sequences = np.arange(40, dtype=np.uint16).reshape(8, 5)
+    counted = np.random.default_rng(0).random((8, 5)) < 0.6
+    n_batches = int(counted.sum()) // 4
+    stream = ActivationStream(
+        PositionSplicer(),
+        sequences,
+        d_model=D_MODEL,
+        norm_scale=1.0,
+        batch_size=4,
+        n_batches=n_batches,
+        seed=0,
+        drop_norm_above=None,
+        device="cpu",
+        positions=counted,
+    )
+    seen = torch.cat([batch[:, 0] - 1 for batch in stream.batches()]).sort().values
+    assert seen.tolist() == sequences[counted][: n_batches * 4].tolist()

@@ -13,7 +13,7 @@ from sae_transfer.errors import StudyError
 from sae_transfer.saes.training import Schedule, Trainee, new_sae, train_saes
 from tests.saes.saes import ARCHITECTURES, SPARSITY
 
-PROVENANCE = {"trained_on": "base", "sparsity_key": "k", "sparsity_value": 8, "seed": 0}
+PROVENANCE = {"trained_on": "base", "sparsity_key": "k", "sparsity_value": 8, "seed": 0, "role": "trained"}
 
 
 class GivenStream:

@@ -1,0 +1,104 @@
+"""wandb: what an offline run holds, read back from its file; and that nothing depends on it."""
+
+import json
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from sae_transfer.errors import StudyError
+from sae_transfer.pipeline import run_stages
+from sae_transfer.study_file import load_study
+from sae_transfer.tracking import NoTracker, download_artifact, open_tracker
+from tests.studies import write_study
+
+BLOCK, HEADER, FILE_HEADER = 32768, 7, 7  # of wandb's file, which is a LevelDB log: blocks of checksum, length, type
+FULL, LAST = 1, 4
+
+
+def records(run: Path) -> list[Any]:
+    """All records of the one offline run below a directory, once wandb's own process has written the last."""
+    (path,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    for _ in range(300):
+        found = parsed(path.read_bytes())
+        if found and found[-1].HasField("exit"):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end")
+
+
+def parsed(data: bytes) -> list[Any]:
+    at, found, parts = FILE_HEADER, [], b""
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
+        parts += data[at + HEADER : at + HEADER + length]
+        at += HEADER + length
+        if kind in (FULL, LAST):
+            record: Any = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
+            record.ParseFromString(parts)
+            found.append(record)
+            parts = b""
+    return found
+
+
+def history(found: list[Any]) -> list[dict[str, Any]]:
+    return [
+        {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.HasField("history")
+    ]
+
+
+def test_an_offline_run_holds_configuration_curves_tables_figures_and_saes(
+    llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path
+) -> None:
+    study = load_study(write_study(tmp_path, *llama_pair, text_file, tracking={"wandb": "offline"}))
+    run = tmp_path / "run"
+    run_stages(study, run, ("train", "cross-eval", "report"))
+    found = records(run)
+    config = {update.key: update.value_json for record in found for update in record.run.config.update}
+    config |= {update.key: update.value_json for record in found for update in record.config.update}
+    assert json.loads(config["site"]) == {"layer": 1, "hook": "resid_pre"}
+    entries = history(found)
+    for sae in ("base-standard-w64-l1_1-s0", "chat-standard-w64-l1_1-s0"):
+        losses = [entry[f"train/{sae}/loss"] for entry in entries if f"train/{sae}/loss" in entry]
+        log = [json.loads(line)["loss"] for line in (run / "saes" / sae / "train_log.jsonl").read_text().splitlines()]
+        assert losses == pytest.approx(log)
+    logged = {key.split(".")[0] for entry in entries for key in entry}
+    assert "eval/cross_eval/rows" in logged and "eval/cross_eval/transfer" in logged
+    figures = {path.stem for path in (run / "report" / "figures").glob("*.png")}
+    assert figures and {f"figures/{name}" for name in figures} <= logged
+    artifacts = {r.request.log_artifact.artifact.name for r in found if r.request.HasField("log_artifact")}
+    artifacts |= {record.artifact.name for record in found if record.HasField("artifact")}
+    assert {"sae-transfer-base-standard-w64-l1_1-s0", "sae-transfer-chat-standard-w64-l1_1-s0"} <= artifacts
+
+
+def test_online_without_a_login_goes_on_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with open_tracker("online", project="p", entity=None, name="n", config={}, directory=tmp_path) as tracker:
+        tracker.log_curve("sae", {"tokens": 1, "loss": 2.0})
+    assert "no one is logged in" in caplog.text
+    assert {"train/sae/loss": 2.0}.items() <= history(records(tmp_path))[0].items()
+
+
+def test_disabled_writes_nothing(tmp_path: Path) -> None:
+    with open_tracker("disabled", project="p", entity=None, name="n", config={}, directory=tmp_path) as tracker:
+        assert isinstance(tracker, NoTracker)
+        tracker.log_curve("sae", {"loss": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_artifact_that_cannot_be_had_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wandb.Api", lambda timeout: (_ for _ in ()).throw(ConnectionError("no network")))
+    with pytest.raises(StudyError, match="the wandb artifact cannot be had"):
+        download_artifact("someone/project/sae:v0", tmp_path)
