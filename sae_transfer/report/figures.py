@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from sae_transfer.report.cells import SECTIONS, Block, blocks, is_native, role, traits
+from sae_transfer.report.cells import SECTIONS, Block, blocks, budget, is_native, role, traits
 from sae_transfer.report.columns import AXES, METRICS
 from sae_transfer.report.results import Cells, Results, Row, TrainingLog, number
 from sae_transfer.report.style import (
@@ -24,7 +24,6 @@ from sae_transfer.report.style import (
     new_figure,
     plain,
     plain_log,
-    short_count,
     spread_axis,
     token_axis,
 )
@@ -73,8 +72,9 @@ def _bars(name: str, panels: Sequence[tuple[str, list[Row]]], labels: dict[str, 
     figure = new_figure(WIDE, 0.21 * sum(heights) + 0.3 * len(panels) + 0.7)
     all_axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     rows = [row for _, part in panels for row in part]
-    # One SAE that is worse than no layer at all would flatten the others: its bar is cut and its value printed.
-    limit = 1.25 * max(number(row, "ce_zero") for row in rows)
+    # One SAE far worse than no layer at all would flatten the others: its bar is cut and its value printed.
+    zero = max(number(row, "ce_zero") for row in rows)
+    limit = 1.2 * max([zero, *(number(row, "ce_sae") for row in rows if number(row, "ce_sae") < 2 * zero)])
     for axes, (title, part) in zip(all_axes, panels, strict=True):
         axes.set_title(title, loc="left")
         for line, colour, style in (("ce_clean", BLACK, ":"), ("ce_zero", PURPLE, "--")):
@@ -254,8 +254,8 @@ def _budget_panel(axes: Axes, curve: Sequence[tuple[int, Row]], metric: str) -> 
             if math.isfinite(low):
                 axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set_xscale("log")
-    budgets = sorted({tokens for tokens, row in curve if role(row) in styles and tokens})
-    axes.set_xticks(budgets, [short_count(tokens) for tokens in budgets])
+    budgets = {tokens: budget(row) for tokens, row in curve if role(row) in styles and tokens}
+    axes.set_xticks(list(budgets), list(budgets.values()))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel(AXES[metric])
 
@@ -303,7 +303,7 @@ def _curves(name: str, logs: Sequence[TrainingLog], caption: str) -> Plot:
         setting = log.sae.partition("-")[2]
         # SAEs of equal settings share a dash pattern, those of one model a colour.
         style = styles.setdefault(setting, len(styles))
-        width = (0.9 if trained_on == "chat" else 2.0) + 0.4 * (style // len(LINES))
+        width = (0.8 if trained_on == "chat" else 1.7) + 0.4 * (style // len(LINES))
         look: dict[str, Any] = {
             "color": colours.get(trained_on, BLACK),
             "linestyle": LINES[style % len(LINES)],

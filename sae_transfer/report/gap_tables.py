@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from sae_transfer.report.cells import Block, Policy, blocks, is_native, role, settings, traits
+from sae_transfer.report.cells import Block, Policy, Role, blocks, is_native, role, settings, traits
 from sae_transfer.report.columns import METRICS, WITHOUT_GAP
 from sae_transfer.report.formats import Line, Table
 from sae_transfer.report.results import Cells, Row, number
@@ -13,6 +13,10 @@ GAP_METRICS = tuple(name for name in METRICS if name not in WITHOUT_GAP)
 EQUAL_L0_METRICS = tuple(name for name in GAP_METRICS if name not in ("l0", "frac_alive"))
 DIRECTIONS = {"chat": "base SAE on chat model", "base": "chat SAE on base model"}
 """Evaluated model -> the direction of transfer that ends there."""
+
+
+COMPARISONS: dict[Role, str] = {"finetuned": "fine-tuning", "control": "from scratch"}
+"""Role -> what its gap to the native SAE tells, where that is not the transfer of an SAE as it is."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +151,7 @@ def _gap_lines(block: Block, cells: Cells) -> Iterator[Line]:
     for gap, first, second in pairs:
         if Policy.of(gap) != block.policy:
             continue
-        comparison = "seeds" if first == "first" else "transfer"
-        if comparison == "transfer" and role(trained[gap[first]]) == "finetuned":
-            comparison = "fine-tuning"
+        comparison = "seeds" if first == "first" else COMPARISONS.get(role(trained[gap[first]]), "transfer")
         of = {
             "Comparison": comparison,
             "SAE": block.labels[gap[first]],

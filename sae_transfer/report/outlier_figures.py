@@ -26,6 +26,7 @@ from sae_transfer.report.style import (
     legend_below,
     new_figure,
     plain,
+    plain_log,
     spread_axis,
 )
 
@@ -60,7 +61,7 @@ def norm_histogram(results: Results) -> list[Plot]:
                 _steps(axes, part, colour, line)
         if math.isfinite(thresholds.get(model, math.nan)):
             axes.axvline(thresholds[model], color=BLACK, linestyle="--", linewidth=0.8)
-        axes.set_xscale("log")
+        plain_log(axes, "x")
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.7)
         axes.set_title(f"{model} model", loc="left")
@@ -149,7 +150,7 @@ def _error_panel(axes: Axes, positions: Sequence[Position]) -> None:
     axes.margins(0.08, 0.14)  # room for labels
     norms = [position.scaled_norm for position in positions]
     if max(norms) > 20 * min(norms):
-        axes.set_xscale("log")
+        plain_log(axes, "x")
     axes.set_xlabel("Scaled norm")
 
 
@@ -177,7 +178,7 @@ def threshold_sweep(results: Results) -> list[Plot]:
     for axes, metric in zip(panels, ("fraction_removed", *SWEEP_PANELS), strict=True):
         _sweep_panel(axes, rows, metric)
         axes.set_xlabel("Outlier threshold (scaled norm)")
-    kinds = dict.fromkeys((row["model"], _is_native(row)) for row in rows)
+    kinds = sorted({(row["model"], _is_native(row)) for row in rows}, key=lambda kind: (kind[0], not kind[1]))
     handles = [
         Line2D(
             [],
@@ -217,7 +218,7 @@ def _sweep_panel(axes: Axes, rows: Sequence[Row], metric: str) -> None:
             markersize=3,
             linewidth=1.8 if model == "base" else 0.9,  # where two coincide both are seen
         )
-    axes.set_xscale("log")
+    plain_log(axes, "x")
     axes.set_ylabel("Positions removed (%)" if removed else AXES[metric])
     if removed:
         positive = [value for value in values if value > 0]

@@ -136,11 +136,18 @@ def spread_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def plain_log(axes: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis that reads 0.02, 0.05, 0.1 and not as powers of ten."""
+    """A logarithmic axis that reads 0.02, 0.05, 0.1 and not as powers of ten; to be called when all is drawn."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     axes.set_xscale("log") if which == "x" else axes.set_yscale("log")
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    decades = math.log10(high / low)
     # Along x, numbers stand side by side and need more room.
-    axis.set_major_locator(LogLocator(subs=(1, 3) if which == "x" else (1, 2, 5)))
+    steps = (
+        ((0.5, (1, 1.5, 2, 3, 5, 7)), (1.0, (1, 2, 3, 5)), (1.6, (1, 2, 5)), (2.6, (1, 3)))
+        if which == "x"
+        else ((0.9, (1, 1.5, 2, 3, 5, 7)), (3.0, (1, 2, 5)), (4.0, (1, 3)))
+    )
+    axis.set_major_locator(LogLocator(subs=next((subs for most, subs in steps if decades < most), (1,))))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -136,8 +136,8 @@ def missing(results: Results) -> dict[str, str]:
 
 def outlier_words(results: Results) -> list[str]:
     """How the threshold came about."""
-    explanation = results.auto_threshold.get("explanation")
-    return [f"Threshold auto: {explanation}"] if explanation else []
+    explanation = str(results.auto_threshold.get("explanation") or "").rstrip(".")
+    return [f"Threshold: {explanation}."] if explanation else []
 
 
 def instruct_words(results: Results) -> list[str]:

@@ -345,7 +345,7 @@ def _outliers(run: Path, rng: np.random.Generator) -> None:
         ("scatter", scatter),
     ):
         write_csv(run / f"outliers/{name}.csv", rows)
-    explanation = "no norm of either model lies between 160 and 240, a gap of 1.5 times."
+    explanation = "auto: no position of either model has a scaled norm between 160 and 240, a factor 1.5"
     write_json(run / "outliers/auto.json", {"threshold": 200.0, "low": 160, "high": 240, "explanation": explanation})
 
 

@@ -74,7 +74,7 @@ def test_a_cell_worse_than_no_layer_at_all_does_not_flatten_the_others(tmp_path:
     with styled():
         (plot,) = ce_bars(read_cells(make_run(tmp_path, rows, []), "cross_eval", "cross-eval"))
     (axes,) = plot.figure.axes
-    assert axes.get_xlim()[1] == pytest.approx(1.25 * 10.3735, rel=1e-4)
+    assert axes.get_xlim()[1] == pytest.approx(1.2 * 10.3735, rel=1e-4)
     assert "98.3000 →" in [text.get_text() for text in axes.texts]
 
 

@@ -80,7 +80,7 @@ def test_words_confounds_and_provenance_are_given(reported: Path) -> None:
         "6 SAEs for each of base and chat: standard, width 1,024, l1_coefficient 2, 4, 8, 2 seeds",
         "chat model's raw activations are 0.12 times as long",
         "100 instructions drawn, 44 with an input dropped",
-        "Threshold auto: no norm of either model",
+        "Threshold: auto: no position of either model",
         "resamples of whole sequences, of which there are 48",
         "Here the factors differ 8.34-fold",
         "git.commit 859bb67",
