@@ -137,14 +137,28 @@ def weights(config: Config, set_: Set = None, out: Out = None, device: Device = 
 
 
 @app.command()
-def report(config: Config, set_: Set = None, out: Out = None) -> None:
+def report(
+    config: Config,
+    set_: Set = None,
+    out: Out = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN", help="Another run directory, to draw the weight differences of both in one figure."
+        ),
+    ] = None,
+) -> None:
     """Write tables, figures and the page from the results that are there.
 
-    Example: sae-transfer report configs/demo.yaml
+    Example: sae-transfer report configs/gemma-2b.yaml --beside results/mistral-7b --beside results/qwen1.5-0.5b
     """
     from sae_transfer.report.page import write_report
+    from sae_transfer.report.weight_figures import write_weights_of
 
-    typer.echo(write_report(_root(_study(config, set_, None), out)))
+    root = _root(_study(config, set_, None), out)
+    if beside:
+        typer.echo(write_weights_of([root, *beside]))
+    typer.echo(write_report(root))
 
 
 @app.command(name="import")

@@ -23,7 +23,7 @@ from sae_transfer.analysis.site import OneModelAtATime
 from sae_transfer.config import ExternalSAE, Finetune, Instruct, SAESpec, Study, require_saes, study_hash
 from sae_transfer.errors import StudyError
 from sae_transfer.models.conversations import chat_sequences
-from sae_transfer.models.pair import Checkpoint, load_model, load_tokenizer
+from sae_transfer.models.pair import TOKENIZER_FILES, Checkpoint, has_tokenizer, load_model, load_tokenizer
 from sae_transfer.models.splice import open_splicer
 from sae_transfer.models.tokens import TokenSet, build_token_set, load_token_set
 from sae_transfer.progress import Meter
@@ -93,7 +93,7 @@ class Stages:
 
             build_token_set(
                 self._run.root / "tokens",
-                load_tokenizer(self._checkpoints["base"]),
+                self._base_tokenizer(),
                 **study.tokens.model_dump(),
                 n_evaluation_tokens=study.evaluate.tokens,
                 n_training_tokens=study.n_training_tokens,
@@ -227,12 +227,12 @@ class Stages:
         }
 
         def work() -> None:
-            tokenizer = load_tokenizer(self._checkpoints["base"])
+            tokenizer = self._base_tokenizer()
             measured = describe_outliers(
                 self._run.root / "outliers",
                 self._checkpoints,
                 self._token_set,
-                lambda token: tokenizer.decode([token]),
+                lambda token: tokenizer.decode([token]) if tokenizer else f"<{token}>",
                 lambda norm_scales: self._load_saes(own, external, norm_scales),
                 hook_name=study.site.hook_name,
                 norm_scales=scales,
@@ -398,6 +398,10 @@ class Stages:
         if self._run.changed_inputs("tokens", self._token_inputs()) != []:
             self.tokens()
         return load_token_set(self._run.root / "tokens")
+
+    def _base_tokenizer(self) -> Any:
+        base = self._checkpoints["base"]
+        return load_tokenizer(base) if has_tokenizer(base) else None
 
     def _token_inputs(self) -> dict[str, Any]:
         return {
@@ -664,5 +668,5 @@ def dataset_digests(dataset: str) -> dict[str, str]:
 
 def fingerprint_of_tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
     """Digests of the files that decide how text becomes ids."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
-    return {name: file_digest(checkpoint.directory / name) for name in names if (checkpoint.directory / name).is_file()}
+    files = [checkpoint.directory / name for name in TOKENIZER_FILES]
+    return {file.name: file_digest(file) for file in files if file.is_file()}

@@ -95,3 +95,17 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(
     assert process.wait() == 130, seen
     assert any("interrupted" in line for line in seen) and not any("Traceback" in line for line in seen)
     assert cli("train", config, "--out", tmp_path / "run").returncode == 0
+
+
+def test_weight_differences_of_several_studies_stand_in_one_figure(
+    llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path
+) -> None:
+    config = write_study(tmp_path, *llama_pair, text_file, saes=None, train=None)
+    for name in ("one", "other"):
+        assert cli("weights", config, "--out", tmp_path / name).returncode == 0
+    result = cli("report", config, "--out", tmp_path / "one", "--beside", tmp_path / "other")
+    assert result.returncode == 0, result.stderr
+    for kind in ("png", "svg"):
+        assert (tmp_path / "one" / "report" / "figures" / f"weights_of_several.{kind}").stat().st_size > 1000
+    missing = cli("report", config, "--out", tmp_path / "one", "--beside", tmp_path / "absent")
+    assert missing.returncode == 2 and "weights" in missing.stderr

@@ -369,3 +369,27 @@ def test_a_foreign_manifest_is_not_taken_for_ours(study_file: Path, tmp_path: Pa
         with pytest.raises(StudyError, match="not a run directory"):
             run_stages(load_study(study_file), tmp_path, ALL)
         assert (tmp_path / "manifest.json").read_text() == content
+
+
+def test_given_ids_need_no_tokenizer(llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
+    bare = []
+    for path in llama_pair:
+        bare.append(shutil.copytree(path, tmp_path / path.name, ignore=shutil.ignore_patterns("*token*", "*.jinja")))
+        assert sorted(p.name for p in bare[-1].iterdir()) == [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+        ]
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 250, (16, 24)))
+    save_inference(identity_sae(), tmp_path / "mine")
+    external = [{"name": "mine", "trained_on": "base", "path": "mine"}]
+    sections = {"saes": None, "train": None, "external_saes": external, "tokens": {"dataset": "ids.npy"}}
+    config = write_study(tmp_path, *bare, text_file, **sections, evaluate={"tokens": 384, "outliers": ["kept"]})
+    run_stages(load_study(config), tmp_path / "run", ("cross-eval",))
+    assert {row["n_tokens"] for row in read_rows(tmp_path / "run")} == {"384"}
+    for site in ("attn_out", "resid_mid"):
+        run_stages(load_study(config, [f"site.hook={site}"]), tmp_path / site, ("cross-eval",))
+    with pytest.raises(StudyError, match="the base model has no tokenizer"):
+        run_stages(
+            load_study(config, [f"tokens={{dataset: {text_file}, context_size: 24}}"]), tmp_path / "text", ("tokens",)
+        )

@@ -146,9 +146,9 @@ def _gaps(
 
 
 def _is_transfer(first: Cell, second: Cell) -> bool:
-    """The second SAE is native and the first differs from it in nothing but where it was trained."""
+    """The second SAE is native, the first differs from it in nothing but where it was trained; no controls."""
     is_native = second.label.sae_trained_on == second.label.model and second.role == "trained"
-    is_transferred = first.label.sae_trained_on != first.label.model
+    is_transferred = first.label.sae_trained_on != first.label.model and first.role != "control"
     return is_native and is_transferred and first.label.place == second.label.place
 
 

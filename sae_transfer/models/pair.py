@@ -13,6 +13,7 @@ from sae_transfer.study import digest, sampled_digest
 
 logger = logging.getLogger(__name__)
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # Differences in these leave the residual stream comparable: they are noted, never refused.
 NOTED_FIELDS = (
@@ -133,6 +134,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest([checkpoint.config, files])
 
 
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint comes with one; token ids that are given can do without."""
+    return any((checkpoint.directory / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the tokenizer of one side (a `PreTrainedTokenizerBase`).
 
@@ -172,8 +178,9 @@ def check_agreement(base: Checkpoint, chat: Checkpoint) -> list[str]:
         )
         if ours != theirs
     ]
-    ours, theirs = load_tokenizer(base), load_tokenizer(chat)
-    tokens, others = ({i: t for t, i in tok.get_vocab().items()} for tok in (ours, theirs))
+    without = [side.source for side in (base, chat) if not has_tokenizer(side)]
+    ours, theirs = (None, None) if without else (load_tokenizer(base), load_tokenizer(chat))
+    tokens, others = ({i: t for t, i in tok.get_vocab().items()} if tok else {} for tok in (ours, theirs))
     clashing = sorted(i for i in tokens.keys() & others.keys() if tokens[i] != others[i])
     if clashing:
         shown = ", ".join(f"{i} is {tokens[i]!r} and {others[i]!r}" for i in clashing[:3])
@@ -188,6 +195,8 @@ def check_agreement(base: Checkpoint, chat: Checkpoint) -> list[str]:
         for field in NOTED_FIELDS
         if base.config.get(field) != chat.config.get(field)
     ]
+    if ours is None or theirs is None:
+        return [*notes, f"tokenizers: {' and '.join(without)} has none, so what the ids mean was not compared"]
     for role in ("bos_token", "eos_token", "pad_token"):
         if getattr(ours, role) != getattr(theirs, role):
             notes.append(f"{role}: base {getattr(ours, role)!r}, chat {getattr(theirs, role)!r}")

@@ -162,7 +162,7 @@ class BridgeSplicer:
         Args:
             model: A causal language model; its weights are shared, its modules left as they are.
             hook_name: For example `blocks.13.hook_attn_out`.
-            directory: The model's checkpoint, where the bridge looks for the tokenizer.
+            directory: The model's checkpoint, of which the bridge reads the configuration.
 
         Raises:
             StudyError: TransformerLens does not know the architecture, or it has no such hook point.
@@ -177,7 +177,11 @@ class BridgeSplicer:
         twin = copy.deepcopy(model, dict(weights))
         try:
             self._bridge: Any = TransformerBridge.boot_transformers(
-                str(directory), hf_model=twin, device=model.device, dtype=model.dtype
+                str(directory),
+                hf_model=twin,
+                tokenizer=_stand_in_tokenizer(),
+                device=model.device,
+                dtype=model.dtype,
             )
         except (ValueError, KeyError, NotImplementedError) as error:
             raise StudyError(
@@ -229,6 +233,16 @@ class BridgeSplicer:
             (f"{block}.hook_resid_pre", lambda resid_pre, hook: torch.zeros_like(resid_pre)),
             (f"{block}.hook_attn_out", lambda _, hook: acts),
         ]
+
+
+def _stand_in_tokenizer() -> Any:
+    """For the bridge, which wants a tokenizer though tokens come ready; a checkpoint may have none."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
 
 
 def open_splicer(model: Any, hook_name: str, checkpoint: Checkpoint) -> Splicer:

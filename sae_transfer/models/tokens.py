@@ -81,7 +81,7 @@ class TokenSet:
 
 def build_token_set(
     directory: Path,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     *,
     dataset: str,
     subset: str | None,
@@ -107,7 +107,7 @@ def build_token_set(
 
     Args:
         directory: Where to. An interrupted call leaves `partial/` there, with which the next one goes on.
-        tokenizer: The base model's.
+        tokenizer: The base model's; None where it has none, which ids that are given can do without.
         dataset: A `.npy` of ids `[seq pos]`, or what `read_documents` takes.
         subset: As in `read_documents`; so are the next three.
         split: See `subset`.
@@ -129,17 +129,22 @@ def build_token_set(
             the directory cannot be written.
     """
     source = local_path(dataset)
-    n_ids = max(tokenizer.get_vocab().values()) + 1
+    n_ids = vocab_size or 2**32 if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
     if source is not None and source.suffix.lower() == ".npy":
         ids = _open_ids(source)
         wanted = _wanted(n_evaluation_tokens, n_training_tokens, ids.shape[1])
         if len(ids) < wanted.n_rows:
             raise _too_few(dataset, wanted, ids.size)
         _check_ids(source, wanted, vocab_size or n_ids)
-        bos = _bos_if_any(tokenizer, bos_token)
+        bos = None if tokenizer is None else _bos_if_any(tokenizer, bos_token)
         rows = _Rows(partial(_read_ids, source), np.arange(wanted.n_rows), _dtype(vocab_size or n_ids))
         return _write(directory, rows, wanted, bos, None, dataset)
 
+    if tokenizer is None:
+        raise StudyError(
+            "pair.base: the base model has no tokenizer, and the dataset is text",
+            "put tokenizer.json and tokenizer_config.json beside its config.json, or give token ids (.npy)",
+        )
     wanted = _wanted(n_evaluation_tokens, n_training_tokens, context_size)
     needs_bos = prepend_bos or separator == "bos"
     bos = bos_token_id(tokenizer, bos_token) if needs_bos else _bos_if_any(tokenizer, bos_token)

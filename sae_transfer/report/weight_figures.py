@@ -130,3 +130,19 @@ def _difference_axis(axes: Axes, values: Sequence[float]) -> None:
     else:
         axes.set_ylim(bottom=0)
     axes.set_ylabel(AXIS)
+
+
+def write_weights_of(runs: Sequence[Path]) -> Path:
+    """Write `weights_figure` of several runs into the first one's figures.
+
+    Args:
+        runs: Run directories whose weights were compared.
+
+    Returns:
+        The PNG.
+
+    Raises:
+        StudyError: A run has no comparison of weights, or the figure cannot be written.
+    """
+    caption = "Relative difference of the weights, by kind and by layer, of several pairs."
+    return Plot("weights_of_several", caption, weights_figure(runs)).write(runs[0] / "report" / "figures")[0]
