@@ -156,9 +156,10 @@ def report(
     from sae_transfer.report.weight_figures import write_weights_of
 
     root = _root(_study(config, set_, None), out)
+    page = write_report(root)
     if beside:
         typer.echo(write_weights_of([root, *beside]))
-    typer.echo(write_report(root))
+    typer.echo(page)
 
 
 @app.command(name="import")
