@@ -384,7 +384,9 @@ def test_given_ids_need_no_tokenizer(llama_pair: tuple[Path, Path], text_file: P
     save_inference(identity_sae(), tmp_path / "mine")
     external = [{"name": "mine", "trained_on": "base", "path": "mine"}]
     sections = {"saes": None, "train": None, "external_saes": external, "tokens": {"dataset": "ids.npy"}}
-    config = write_study(tmp_path, *bare, text_file, **sections, evaluate={"tokens": 384, "outliers": ["kept"]})
+    config = write_study(
+        tmp_path, bare[0], bare[1], text_file, **sections, evaluate={"tokens": 384, "outliers": ["kept"]}
+    )
     run_stages(load_study(config), tmp_path / "run", ("cross-eval",))
     assert {row["n_tokens"] for row in read_rows(tmp_path / "run")} == {"384"}
     for site in ("attn_out", "resid_mid"):
