@@ -19,6 +19,7 @@ TIED_BY_DEFAULT = {
     "qwen3": False,
     "gemma": True,
     "gemma2": True,
+    "gemma3_text": True,
     "gpt_neox": False,
     "gpt2": True,
 }
@@ -197,7 +198,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     else:
         bias = q + 2 * kv if kind == "qwen2" else (q + 2 * kv + d) if config.get("attention_bias") else 0
         bias += (2 * mlp + d) if config.get("mlp_bias") else 0
-        norms = {"gemma2": 4 * d, "qwen3": 2 * d + 2 * head}.get(kind, 2 * d)
+        norms = {"gemma2": 4 * d, "gemma3_text": 4 * d + 2 * head, "qwen3": 2 * d + 2 * head}.get(kind, 2 * d)
         layer, norm = 2 * d * q + 2 * d * kv + 3 * d * mlp + bias + norms, d
     return ModelShape(d, q, n_layers, d_vocab, layer, d_vocab * d + positions, norm, tied)
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors.torch import save_file
@@ -107,8 +108,6 @@ def _write_saelens(directory: Path, weights: Weights, model: str, hook_name: str
 
 
 def _write_gemma_scope(directory: Path, weights: Weights, model: str, hook_name: str) -> None:
-    import numpy as np
-
     directory.mkdir(parents=True)
     arrays = {name.replace("W_", "w_"): tensor.numpy() for name, tensor in weights.items()}
     np.savez(directory / "params.npz", allow_pickle=False, **arrays, threshold=np.full(len(weights["b_enc"]), 0.5))

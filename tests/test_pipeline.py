@@ -395,3 +395,19 @@ def test_given_ids_need_no_tokenizer(llama_pair: tuple[Path, Path], text_file: P
         run_stages(
             load_study(config, [f"tokens={{dataset: {text_file}, context_size: 24}}"]), tmp_path / "text", ("tokens",)
         )
+
+
+def test_external_saes_of_the_same_settings_are_not_paired_at_random(
+    llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, scale in (("small", 1.0), ("big", 0.9)):
+        save_inference(identity_sae(decoder_scale=scale), tmp_path / name)
+    one = [{"name": f"{side}-small", "trained_on": side, "path": "small"} for side in ("base", "chat")]
+    two = [*one, *({"name": f"{side}-big", "trained_on": side, "path": "big"} for side in ("base", "chat"))]
+    for name, external, n_gaps in (("one", one, 4), ("two", two, 0)):
+        sections = {"saes": None, "train": None, "external_saes": external}
+        run_stages(
+            load_study(write_study(tmp_path, *llama_pair, text_file, **sections)), tmp_path / name, ("cross-eval",)
+        )
+        assert len(read_rows(tmp_path / name, "cross_eval/transfer.csv")) == n_gaps
+    assert "no gaps" in caplog.text

@@ -83,6 +83,16 @@ REAL = {
         "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
+    "gemma-scope-2-270m": {
+        "model_type": "gemma3_text",
+        "hidden_size": 640,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "intermediate_size": 2048,
+        "vocab_size": 262144,
+    },
     "gemma-scope-9b": {
         "model_type": "gemma2",
         "hidden_size": 3584,

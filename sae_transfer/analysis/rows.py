@@ -1,5 +1,7 @@
 """Cells as files: rows.csv (a row a cell), transfer.csv and seeds.csv (paired gaps), sums.npz (what all come from)."""
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +14,10 @@ from sae_transfer.analysis.cells import CellSums
 from sae_transfer.analysis.metrics import INTERVAL_METRICS, METRICS, SUMS, Averaging, Bootstrap, Summary
 from sae_transfer.saes.store import StoredSAE
 from sae_transfer.study import replacing, write_text
+
+logger = logging.getLogger(__name__)
+
+TRANSFER = ("transferred", "native")  # the columns that name the two SAEs of a gap
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,9 @@ def write_rows(directory: Path, cells: Sequence[Cell], averaging: Averaging, bat
     bootstrap = Bootstrap(len(cells[0].result.sums["n_tokens"]), averaging, batch_size)
     summaries = {cell.label: bootstrap.summarise(cell.result.sums) for cell in cells}
     write_text(directory / "rows.csv", pd.DataFrame([_row(c, summaries[c.label]) for c in cells]).to_csv(index=False))
+    clear = _clear_pairs(cells)
     for name, pairs, columns in (
-        ("transfer.csv", _is_transfer, ("transferred", "native")),
+        ("transfer.csv", lambda first, second: _is_transfer(first, second) and clear(first, second), TRANSFER),
         ("seeds.csv", _is_seed_pair, ("first", "second")),
     ):
         write_text(directory / name, _gaps(cells, summaries, pairs, columns).to_csv(index=False))
@@ -143,6 +150,22 @@ def _gaps(
     columns = ["section", "model", "scale", "outliers", *names]
     columns += [f"{metric}_{end}" for metric in INTERVAL_METRICS for end in ("gap", "low", "high")]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _clear_pairs(cells: Sequence[Cell]) -> Callable[[Cell, Cell], bool]:
+    """Whether two SAEs are each other's counterpart.
+
+    Those from elsewhere often record neither sparsity nor seed: they are paired only where each is alone of its kind.
+    """
+    twins = Counter((cell.label.place, cell.label.sae_trained_on) for cell in cells if cell.label.seed is None)
+    several = {key for key, count in twins.items() if count > 1}
+    if several:
+        logger.warning("several external SAEs have the same settings; which is whose counterpart is not known: no gaps")
+
+    def clear(first: Cell, second: Cell) -> bool:
+        return not {(cell.label.place, cell.label.sae_trained_on) for cell in (first, second)} & several
+
+    return clear
 
 
 def _is_transfer(first: Cell, second: Cell) -> bool:
