@@ -17,7 +17,7 @@ from sae_transfer.analysis import weights
 from sae_transfer.analysis.cross_eval import cross_evaluate
 from sae_transfer.analysis.instruct import ROLLOUTS_FILE, evaluate_instructions, make_rollouts, threshold_of
 from sae_transfer.analysis.metrics import BOOTSTRAP_SEED
-from sae_transfer.analysis.norms import find_gap, is_outlier
+from sae_transfer.analysis.norms import choose_threshold, is_outlier
 from sae_transfer.analysis.outliers import describe_outliers
 from sae_transfer.analysis.site import OneModelAtATime
 from sae_transfer.config import ExternalSAE, Finetune, Instruct, SAESpec, Study, require_saes, study_hash
@@ -213,14 +213,15 @@ class Stages:
         """Norms over the evaluation tokens and what the outliers are; the sweep over thresholds for one SAE a model."""
         study, evaluate = self._study, self._study.evaluate
         # the sweep is about thresholds: the first SAE of each model stands for the others
-        own = [path for path in self._trained_directories() if (path / WEIGHTS_FILE).exists()]
-        own = [next(path for path in own if path.name.startswith(side)) for side in study.train.models if own]
+        there = [path for path in self._trained_directories() if (path / WEIGHTS_FILE).exists()]
+        first = {path.name.split("-")[0]: path for path in reversed(there)}
+        own = [first[side] for side in SIDES if side in first]
         sides = {} if own else {sae.trained_on: sae for sae in reversed(study.external_saes)}
         external = list(sides.values())
         scales = self._scales_if_fixed()
         inputs = {
             **self._inputs(*SIDES),
-            "evaluate.outlier_threshold": evaluate.outlier_threshold,
+            "evaluate": [evaluate.outlier_threshold, "excluded" in evaluate.outliers],
             "norm scales": scales,
             "dtype": self._evaluation_dtype,
             **self._sae_inputs(own),
@@ -237,6 +238,7 @@ class Stages:
                 hook_name=study.site.hook_name,
                 norm_scales=scales,
                 outlier_threshold=evaluate.outlier_threshold,
+                outlier_policies=evaluate.outliers,
                 batch_size=evaluate.batch_size,
                 dtype=self._evaluation_dtype,
                 device=self._device,
@@ -295,6 +297,7 @@ class Stages:
         inputs = {
             "chat model": self._fingerprints["chat"],
             "instruct": instruct.model_dump(mode="json", exclude={"sections", "batch_size", "rollouts"}),
+            "content of the dataset": dataset_digests(instruct.dataset),
             "given rollouts": file_digest(given) if given else None,
             "tokenizer": fingerprint_of_tokenizer(self._checkpoints["chat"]),
             "dtype": self._evaluation_dtype,
@@ -321,10 +324,10 @@ class Stages:
         """Compare the two models' weights, and their activations on the evaluation tokens."""
         study = self._study
         scales = self._scales_if_fixed()
-        asked = study.evaluate.outlier_threshold
+        evaluate = study.evaluate
         inputs = {
             **self._inputs(*SIDES),
-            "evaluate.outlier_threshold": asked,
+            "evaluate": [evaluate.outlier_threshold, "excluded" in evaluate.outliers],
             "norm scales": scales,
             "dtype": self._evaluation_dtype,
         }
@@ -337,7 +340,7 @@ class Stages:
                 sites = models.collect(self._token_set.evaluation, study.evaluate.batch_size, Path(scratch))
                 used = scales or {side: site.norm_scale for side, site in sites.items()}
                 norms = {side: site.norms * used[side] for side, site in sites.items()}
-                threshold = find_gap(list(norms.values())).threshold if isinstance(asked, str) else asked
+                threshold = choose_threshold(evaluate.outlier_threshold, evaluate.outliers, norms)
                 outliers = np.logical_or(*(is_outlier(site.norms, used[s], threshold) for s, site in sites.items()))
                 acts = {side: site.acts for side, site in sites.items()}
                 weights.compare(directory, self._checkpoints, acts, norm_scales=used, outliers=outliers)

@@ -1,6 +1,7 @@
 """The stages beyond the main table, on a random pair: what they write, and that their numbers are right."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,6 @@ def test_instruction_sections_agree_with_a_row_by_row_computation(
 
 
 def test_instruction_numbers_do_not_depend_on_the_batch_size(study_file: Path, finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished, tmp_path / "run")
     before = (finished / "instruct" / "rollouts.jsonl").read_text()
     run_stages(load_study(study_file, ["instruct.batch_size=1"]), tmp_path / "run", ("instruct",), force=True)
@@ -262,3 +261,29 @@ def test_all_stages_again_do_nothing(study_file: Path, finished: Path, caplog: p
     run_stages(load_study(study_file), finished, STAGES)
     for stage in ("finetune", "cross-eval", "outliers", "rollouts", "instruct", "weights"):
         assert f"{stage}: done already, nothing to do" in caplog.text
+
+
+def test_a_pair_without_a_gap_runs_through_when_every_position_is_kept(study_file: Path, tmp_path: Path) -> None:
+    small = ["saes=[{widths: [32]}]", "finetune=null", "instruct=null", "train.tokens=512"]
+    auto = [*small, "evaluate.outlier_threshold=auto"]
+    with pytest.raises(StudyError, match="auto found no gap"):
+        run_stages(load_study(study_file, auto), tmp_path / "excluded", ("outliers",))
+    run_stages(load_study(study_file, [*auto, "evaluate.outliers=[kept]"]), tmp_path / "kept")
+    assert {row["n_outliers"] for row in read_rows(tmp_path / "kept", "outliers/rows.csv")} == {"0"}
+    assert json.loads((tmp_path / "kept" / "outliers" / "auto.json").read_text())["threshold"] is None
+    assert (tmp_path / "kept" / "report" / "index.html").exists()
+
+
+def test_outliers_are_described_while_only_the_base_saes_are_trained(study_file: Path, tmp_path: Path) -> None:
+    one_side = [
+        "saes=[{widths: [32]}]",
+        "finetune=null",
+        "instruct=null",
+        "train={models: [base], tokens: 512, batch_size: 64}",
+    ]
+    run_stages(load_study(study_file, one_side), tmp_path / "run", ("train",))
+    both = [*one_side[:3], "train={models: [base, chat], tokens: 512, batch_size: 64}"]
+    run_stages(load_study(study_file, both), tmp_path / "run", ("outliers",))
+    assert {row["sae"] for row in read_rows(tmp_path / "run", "outliers/thresholds.csv")} == {
+        "base-standard-w32-l1_3-s0"
+    }

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sae_transfer.analysis.cells import Section, evaluate_model, scale_factor
 from sae_transfer.analysis.metrics import METRICS, Bootstrap
-from sae_transfer.analysis.norms import Gap, find_gap
+from sae_transfer.analysis.norms import Gap, OutlierPolicy, find_gap
 from sae_transfer.analysis.site import OneModelAtATime, SiteActivations
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import Checkpoint
@@ -75,6 +75,7 @@ def describe_outliers(
     hook_name: str,
     norm_scales: Mapping[str, float] | None,
     outlier_threshold: float | str,
+    outlier_policies: Sequence[OutlierPolicy],
     batch_size: int,
     dtype: str,
     device: str,
@@ -90,6 +91,7 @@ def describe_outliers(
         hook_name: The site.
         norm_scales: c_m of each model; None measures them on the evaluation tokens.
         outlier_threshold: T, or `auto`.
+        outlier_policies: Only `excluded` needs a T; without it, and where `auto` finds none, no position is an outlier.
         batch_size: Sequences a pass.
         dtype: Of the models.
         device: A torch device.
@@ -109,7 +111,7 @@ def describe_outliers(
         sites = models.collect(sequences, batch_size, Path(scratch))
         scales = dict(norm_scales or {side: site.norm_scale for side, site in sites.items()})
         norms = {side: site.norms * scales[side] for side, site in sites.items()}
-        threshold = _write_auto(directory, norms, outlier_threshold)
+        threshold = _write_auto(directory, norms, outlier_threshold, outlier_policies)
         _write_breakdown(directory, norms, scales, threshold, outlier_threshold, kinds, sequences, texts)
         _write_histogram(directory, norms, kinds)
         saes = load_saes(scales)
@@ -120,20 +122,27 @@ def describe_outliers(
     return scales
 
 
-def _write_auto(directory: Path, norms: Mapping[str, NDArray[np.float64]], asked: float | str) -> float:
+def _write_auto(
+    directory: Path,
+    norms: Mapping[str, NDArray[np.float64]],
+    asked: float | str,
+    policies: Sequence[OutlierPolicy],
+) -> float:
     """Say what `auto` finds, whether or not it was asked for; the threshold to use."""
     try:
         gap: Gap | None = find_gap(list(norms.values()))
         explanation = gap.explanation
     except StudyError as error:
-        if isinstance(asked, str):
+        if isinstance(asked, str) and "excluded" in policies:
             raise
         gap, explanation = None, str(error).splitlines()[0]
     found = {"threshold": gap.threshold, "low": gap.low, "high": gap.high} if gap else {"threshold": None}
     content = {**found, "asked": asked, "explanation": explanation}
     write_text(directory / "auto.json", json.dumps(content, indent=2) + "\n")
     logger.info("%s", explanation)
-    return gap.threshold if gap and isinstance(asked, str) else float(asked)
+    if not isinstance(asked, str):
+        return asked
+    return gap.threshold if gap else float(np.ceil(max(scaled.max() for scaled in norms.values())))
 
 
 def _write_breakdown(

@@ -168,7 +168,7 @@ def test_the_split_never_moves() -> None:
 
 def test_text_needs_no_torch() -> None:
     program = "import sys, sae_transfer.demo.text; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True)
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_training_twice_makes_the_same_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
