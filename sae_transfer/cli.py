@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +35,14 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the study file, e.g. evaluate.tokens=8192."),
 ]
+Configs = Annotated[
+    list[Path], typer.Argument(metavar="CONFIG...", help="The study file (YAML); several train on one stream.")
+]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; unset: results/<name>.")]
+Here = Annotated[
+    bool,
+    typer.Option("--here", help="The run directory is the one that the study file lies in, as RUN/study.yaml does."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; unset: compute.device of the study.")]
 Force = Annotated[bool, typer.Option("--force", help="Do a stage again whose inputs changed.")]
 
@@ -53,7 +60,8 @@ def run_demo(set_: Set = None, out: Out = None, device: Device = None, force: Fo
 
     Example: sae-transfer demo
     """
-    _run(_study(demo.STUDY, set_, device), out, None, force)
+    study = _study(demo.STUDY, set_, device)
+    _run(study, _root(study, out), None, force)
 
 
 @app.command()
@@ -74,66 +82,110 @@ def check(
 
 
 @app.command()
-def run(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+def run(
+    config: Config,
+    set_: Set = None,
+    out: Out = None,
+    here: Here = False,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this stage, e.g. cross-eval; may be given several times. Unset: all, in order."),
+    ] = None,
+    device: Device = None,
+    force: Force = False,
+) -> None:
     """Every stage that is not yet done, then the report.
 
     Example: sae-transfer run configs/demo.yaml --set evaluate.tokens=8192 --out results/small
     """
-    _run(_study(config, set_, device), out, None, force)
+    study = _study(config, set_, device)
+    _run(study, _root(study, out, config if here else None), stage, force)
 
 
 @app.command()
-def train(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+def train(
+    configs: Configs,
+    set_: Set = None,
+    out: Out = None,
+    here: Here = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="base or chat: only its SAEs; another process may train the other's. Unset: train.models."),
+    ] = None,
+    device: Device = None,
+    force: Force = False,
+) -> None:
     """Train the SAEs of both models.
 
     Example: sae-transfer train configs/demo.yaml --set saes.widths=[512,1024]
     """
-    _run(_study(config, set_, device), out, "train", force)
+    if model not in (None, "base", "chat"):
+        raise StudyError(f"--model: got {model}; expected base or chat")
+    _train(configs, "train", set_, out, here, device, force, model)
 
 
 @app.command()
-def finetune(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+def finetune(
+    configs: Configs,
+    set_: Set = None,
+    out: Out = None,
+    here: Here = False,
+    device: Device = None,
+    force: Force = False,
+) -> None:
     """Continue the base SAEs on the chat model's activations.
 
     Example: sae-transfer finetune configs/demo.yaml --set finetune.tokens=[20k]
     """
-    _run(_study(config, set_, device), out, "finetune", force)
+    _train(configs, "finetune", set_, out, here, device, force, None)
 
 
 @app.command()
-def cross_eval(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+def cross_eval(
+    config: Config, set_: Set = None, out: Out = None, here: Here = False, device: Device = None, force: Force = False
+) -> None:
     """Evaluate every SAE on both models and print the table.
 
     Example: sae-transfer cross-eval configs/demo.yaml --set "evaluate.scale=[matched, raw]"
     """
-    _run(_study(config, set_, device), out, "cross-eval", force)
+    study = _study(config, set_, device)
+    _run(study, _root(study, out, config if here else None), "cross-eval", force)
 
 
 @app.command()
-def outliers(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+def outliers(
+    config: Config, set_: Set = None, out: Out = None, here: Here = False, device: Device = None, force: Force = False
+) -> None:
     """Norms over the evaluation tokens, what the outliers are, and what depends on the threshold.
 
     Example: sae-transfer outliers configs/demo.yaml
     """
-    _run(_study(config, set_, device), out, "outliers", force)
+    study = _study(config, set_, device)
+    _run(study, _root(study, out, config if here else None), "outliers", force)
 
 
 @app.command()
-def instruct(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+def instruct(
+    config: Config, set_: Set = None, out: Out = None, here: Here = False, device: Device = None, force: Force = False
+) -> None:
     """Evaluate the SAEs on instructions and the chat model's own answers.
 
     Example: sae-transfer instruct configs/demo.yaml --set instruct.n=20
     """
-    _run(_study(config, set_, device), out, "instruct", force)
+    study = _study(config, set_, device)
+    _run(study, _root(study, out, config if here else None), "instruct", force)
 
 
 @app.command()
-def weights(config: Config, set_: Set = None, out: Out = None, device: Device = None, force: Force = False) -> None:
+def weights(
+    config: Config, set_: Set = None, out: Out = None, here: Here = False, device: Device = None, force: Force = False
+) -> None:
     """Compare the two models' weights, and their activations at the site.
 
     Example: sae-transfer weights configs/demo.yaml
     """
-    _run(_study(config, set_, device), out, "weights", force)
+    study = _study(config, set_, device)
+    _run(study, _root(study, out, config if here else None), "weights", force)
 
 
 @app.command()
@@ -141,6 +193,7 @@ def report(
     config: Config,
     set_: Set = None,
     out: Out = None,
+    here: Here = False,
     beside: Annotated[
         list[Path] | None,
         typer.Option(
@@ -155,7 +208,7 @@ def report(
     from sae_transfer.report.page import write_report
     from sae_transfer.report.weight_figures import write_weights_of
 
-    root = _root(_study(config, set_, None), out)
+    root = _root(_study(config, set_, None), out, config if here else None)
     page = write_report(root)
     if beside:
         typer.echo(write_weights_of([root, *beside]))
@@ -208,26 +261,65 @@ def _study(config: Path, overrides: list[str] | None, device: str | None) -> Stu
     return load_study(config, [*(overrides or []), *([f"compute.device={device}"] if device else [])])
 
 
-def _root(study: Study, out: Path | None) -> Path:
-    return out or Path("results") / study.name
+def _root(study: Study, out: Path | None, beside: Path | None = None) -> Path:
+    """The run directory: the one that the file `beside` lies in, else `out`, else by the study's name."""
+    if beside and out:
+        raise StudyError("--here and --out both name the run directory", "leave one of them out")
+    return beside.absolute().parent if beside else out or Path("results") / study.name
 
 
-def _run(study: Study, out: Path | None, stage: str | None, force: bool) -> None:
-    """Carry out one stage, or all; print the post's table if it was made, and the path of what was written."""
+def _run(study: Study, root: Path, stages: Sequence[str] | str | None, force: bool) -> None:
+    """Carry out one stage, some, or all; print the post's table if it was made, and the path of what was written."""
     from sae_transfer.pipeline import STAGES, run_stages
 
-    root = _root(study, out)
+    stages = STAGES if not stages else (stages,) if isinstance(stages, str) else stages
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise StudyError(f"--stage: got {unknown[0]}; expected one of {', '.join(STAGES)}")
+    with _interruptible():
+        run_stages(study, root, [stage for stage in STAGES if stage in stages], force=force)
+    if "cross-eval" in stages:
+        _print_tables(root)
+    if "report" in stages:
+        typer.echo(root / "report" / "index.html")
+    else:
+        typer.echo(root / "saes" if stages[-1] in ("train", "finetune") else root / stages[-1].replace("-", "_"))
+
+
+def _train(
+    configs: list[Path],
+    stage: str,
+    set_: list[str] | None,
+    out: Path | None,
+    here: bool,
+    device: str | None,
+    force: bool,
+    side: str | None,
+) -> None:
+    """Train or fine-tune the SAEs of one study, or of several on one stream; print where they are."""
+    from sae_transfer.pipeline import train_together
+
+    if len(configs) > 1 and not here:
+        raise StudyError("several study files need a run directory each", "put each into its own, and add --here")
+    studies = {}
+    for config in configs:
+        study = _study(config, set_, device)
+        studies[_root(study, out, config if here else None)] = study
+    if len(studies) < len(configs):
+        raise StudyError("two of the study files lie in one run directory", "one study file a run directory")
+    with _interruptible():
+        train_together(studies, stage, side=side, force=force)
+    for root in studies:
+        typer.echo(root / "saes")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
     try:
-        run_stages(study, root, STAGES if stage is None else (stage,), force=force)
+        yield
     except KeyboardInterrupt:  # here, because Typer turns it into an exit without a word
         logging.getLogger("sae_transfer").error("interrupted; finished stages are kept, the same command goes on")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    if stage is None or stage == "cross-eval":
-        _print_tables(root)
-    if stage is None:
-        typer.echo(root / "report" / "index.html")
-    else:
-        typer.echo(root / "saes" if stage in ("train", "finetune") else root / stage.replace("-", "_"))
 
 
 def _print_tables(root: Path) -> None:

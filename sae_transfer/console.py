@@ -5,6 +5,7 @@ import logging
 from rich.console import Console
 
 from sae_transfer.progress import ThinProgress
+from sae_transfer.redaction import Redaction
 
 PLAIN_EVERY_S = 10.0
 
@@ -22,6 +23,7 @@ class ConsoleHandler(logging.Handler):
         self._console = console
         self._status = console.status("") if console.is_terminal else None
         self._is_drawn = False
+        self.addFilter(Redaction())
         if self._status is None:
             self.addFilter(ThinProgress(PLAIN_EVERY_S))
 

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -10,8 +11,8 @@ import torch
 from sae_transfer.config import Study
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import fingerprint, resolve_pair
-from sae_transfer.stages import Stages
-from sae_transfer.study import RunDirectory
+from sae_transfer.stages import Stages, finetune, train
+from sae_transfer.study import PARTS, RunDirectory
 from sae_transfer.tracking import open_tracker
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,52 @@ def run_stages(study: Study, root: Path, stages: Sequence[str] = STAGES, *, forc
     Raises:
         StudyError: Something that the user can mend; finished stages stay finished.
     """
+    with _opened(study, root, PARTS, force=force, redo=stages[0] if len(stages) == 1 else None) as work:
+        for stage in stages:
+            getattr(work, stage.replace("-", "_"))()
+
+
+def train_together(studies: Mapping[Path, Study], stage: str, *, side: str | None = None, force: bool = False) -> None:
+    """Train, or fine-tune, the SAEs of one or several studies on one stream.
+
+    Args:
+        studies: Run directory -> study; they share models, site, token set and the settings of training.
+        stage: `train` or `finetune`.
+        side: Train the SAEs of this model only, `base` or `chat`; another process may train the other's.
+        force: Do it again, also where the inputs changed.
+
+    Raises:
+        StudyError: Something that the user can mend; SAEs that are finished stay.
+    """
+    parts = (side,) if side else PARTS
+    with ExitStack() as stack:
+        group = [
+            stack.enter_context(_opened(study, root, parts, force=force, redo=stage)) for root, study in studies.items()
+        ]
+        if stage == "finetune":
+            finetune(group)
+        else:
+            sides = [side] if side else list(dict.fromkeys(s for study in studies.values() for s in study.train.models))
+            train(group, sides)
+
+
+@contextmanager
+def _opened(study: Study, root: Path, parts: Sequence[str], *, force: bool, redo: str | None) -> Iterator[Stages]:
+    """Resolve a study's pair, take its run directory, and start its tracking.
+
+    Args:
+        study: The study.
+        root: Its run directory.
+        parts: Of the run directory, to be locked.
+        force: Do stages again whose inputs changed.
+        redo: With `force`, the stage to be done again in any case.
+
+    Yields:
+        The study's stages.
+    """
     # Torch takes all cores it sees, also those that a job was not given.
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores))
     device = choose_device(study.compute.device)
     pair = study.pair
     checkpoints, notes = resolve_pair(
@@ -46,7 +91,7 @@ def run_stages(study: Study, root: Path, stages: Sequence[str] = STAGES, *, forc
     study = study.model_copy(update={"pair": pair.model_copy(update=revisions)})
     tracking = study.tracking
     with (
-        RunDirectory.open(root, identity) as run,
+        RunDirectory.open(root, identity, parts) as run,
         open_tracker(
             tracking.wandb,
             project=tracking.project,
@@ -56,11 +101,9 @@ def run_stages(study: Study, root: Path, stages: Sequence[str] = STAGES, *, forc
             directory=root,
         ) as tracker,
     ):
-        redo = stages[0] if force and len(stages) == 1 else None
         found = {"identity": identity, "pair_differences": notes}
-        work = Stages(study, run, checkpoints, fingerprints, device, tracker, found, force=force, redo=redo)
-        for stage in stages:
-            getattr(work, stage.replace("-", "_"))()
+        redo = redo if force else None
+        yield Stages(study, run, checkpoints, fingerprints, device, tracker, found, force=force, redo=redo)
 
 
 def choose_device(asked: str) -> str:

@@ -2,9 +2,13 @@
 
 import json
 import logging
+import os
+import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,13 +34,16 @@ from sae_transfer.progress import Meter
 from sae_transfer.saes.sources import fetch, recorded_identity, same_model
 from sae_transfer.saes.store import CONFIG_FILE, WEIGHTS_FILE, StoredSAE, check_fits, load_external, load_own
 from sae_transfer.saes.stream import ActivationStream, measure_norm_scale
-from sae_transfer.saes.training import Schedule, Trainee, continued_sae, new_sae, train_saes
-from sae_transfer.study import RunDirectory, file_digest, sampled_digest, write_json
+from sae_transfer.saes.training import Schedule, Trainee, continued_sae, new_sae
+from sae_transfer.shared_training import Pass, Task, carry_out, carry_out_at_once
+from sae_transfer.study import RunDirectory, file_digest, replacing, sampled_digest, write_json, write_text
 from sae_transfer.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
 SIDES = ("base", "chat")
+ROLLOUT_ARRAYS = ("sequences.npy", "positions.npy")  # of finetune.data: rollouts
+_LOADING = threading.Lock()  # transformers patches global state while it loads a model
 
 
 class Stages:
@@ -101,78 +108,178 @@ class Stages:
                 progress=progress,
             )
 
-        self._stage("tokens", self._token_inputs(), work)
+        with self._run.exclusively():
+            self._stage("tokens", self._token_inputs(), work)
+
+    def share(self, leader: "Stages") -> None:
+        """Take over the token set and the norm scales of another study's run, where they would be made the same."""
+        with self._run.exclusively():
+            if self._token_inputs() == leader._token_inputs():
+                source = leader._run.root / "tokens"
+                self._stage("tokens", self._token_inputs(), lambda: _link(source, self._run.root / "tokens"))
+            inputs = self._scale_inputs()
+            if inputs == leader._scale_inputs() and self._run.changed_inputs("scales", inputs) != []:
+                scales = (leader._run.root / "scales.json").read_text(encoding="utf-8")
+                self._stage("scales", inputs, lambda: write_text(self._run.root / "scales.json", scales))
 
     def train(self) -> None:
         """Train the SAEs of each model asked for."""
+        train([self], self.sides)
+
+    def trains_saes(self) -> bool:
+        """Whether the study trains any."""
         if self._study.saes is None:
             logger.info("train: the study trains no SAEs, nothing to do")
-            return
-        for side in self._study.train.models:
-            self._train_side(side)
+        return self._study.saes is not None
 
-    def _train_side(self, side: str) -> None:
-        study, train = self._study, self._study.train
-        scale = self._norm_scales()[side]
+    @property
+    def sides(self) -> Sequence[str]:
+        """Models that get SAEs."""
+        return self._study.train.models
+
+    def prepare(self) -> None:
+        """Have the token set and the norm scales."""
+        self._norm_scales()
+
+    def devices(self, n: int) -> list[str]:
+        """As many of this machine's GPUs as there are, at most n; else the one device."""
+        if self._device == "cuda" and torch.cuda.device_count() > 1:
+            return [f"cuda:{index}" for index in range(min(n, torch.cuda.device_count()))]
+        return [self._device]
+
+    def training(self, side: str) -> Task:
+        """The SAEs of one model as a task, which studies can share."""
+        study, settings = self._study, self._study.train
         specs = study.sae_specs()
-        inputs = {
-            **self._inputs(side),
-            "saes": [[spec.name, spec.options] for spec in specs],
-            "train": train.model_dump(mode="json", exclude={"models", "scale_tokens"}),
-            "norm scale": scale,
-            "dtype": [self._training_dtype, self._autocast],
-        }
-
-        def work() -> None:
-            n_batches = train.tokens // train.batch_size
-            stream = self._stream(side, self._token_set.training, None, train.batch_size, n_batches)
-            warmup = round(train.l1_warmup * n_batches)
-            trainees = [self._trainee(side, "trained", spec, self._fresh(side, spec, warmup), None) for spec in specs]
-            self._train_on(trainees, stream, Schedule(train.lr, 0.0, train.lr_decay), side, f"train {side}")
-
         weights_files = [self._run.root / "saes" / f"{side}-{spec.name}" / WEIGHTS_FILE for spec in specs]
-        self._stage(f"train-{side}", inputs, work, verb="train", outputs=weights_files)
+
+        def inputs() -> dict[str, Any]:
+            return {
+                **self._inputs(side),
+                "saes": [[spec.name, spec.options] for spec in specs],
+                "train": settings.model_dump(mode="json", exclude={"models", "scale_tokens"}),
+                "norm scale": self._norm_scales()[side],
+                "dtype": [self._training_dtype, self._autocast],
+            }
+
+        def passes() -> list[Pass]:
+            n_batches = settings.tokens // settings.batch_size
+            warmup = round(settings.l1_warmup * n_batches)
+
+            def trainees(device: str) -> list[Trainee]:
+                return [
+                    self._trainee(side, "trained", spec, self._fresh(side, spec, warmup, device), None)
+                    for spec in specs
+                ]
+
+            schedule = Schedule(settings.lr, 0.0, settings.lr_decay)
+            return [self._pass(f"train {side}", side, settings.batch_size, n_batches, schedule, trainees)]
+
+        return self._task(f"train-{side}", inputs, passes, "train", weights_files)
 
     def finetune(self) -> None:
         """Continue the base SAEs on the chat model, one full schedule for each budget; and the controls."""
+        finetune([self])
+
+    def finetuning(self) -> Task | None:
+        """Fine-tuning and its controls as a task, which studies can share; None when the study has none."""
         study, finetune = self._study, self._study.finetune
         if finetune is None:
             logger.info("finetune: the study has no section finetune, nothing to do")
-            return
+            return None
         parents = {spec: self._run.root / "saes" / f"base-{spec.name}" for spec in study.sae_specs()}
-        self._require("train-base", "the SAEs of the base model are not trained yet", "train")
-        scales = self._norm_scales()
-        inputs = {
-            **self._inputs("chat"),
-            "parents": {path.name: file_digest(path / WEIGHTS_FILE) for path in parents.values()},
-            "finetune": finetune.model_dump(mode="json"),
-            "train": [study.train.lr, study.train.l1_warmup, study.train.drop_norm_above],
-            "norm scales": scales,
-            "dtype": [self._training_dtype, self._autocast],
-            "instruct": study.instruct.model_dump(mode="json")
-            if finetune.data == "rollouts" and study.instruct
-            else None,
-        }
-
-        def work() -> None:
-            sequences, positions = self._finetuning_sequences(finetune)
-            for budget in finetune.tokens:
-                n_batches = budget // finetune.batch_size
-                stream = self._stream("chat", sequences, positions, finetune.batch_size, n_batches)
-                trainees = []
-                for spec, parent in parents.items():
-                    # the coefficient as in training, without its warm-up
-                    sae = continued_sae(parent, self._fresh("chat", spec, 0))
-                    trainees.append(self._trainee("finetuned", "finetuned", spec, sae, budget))
-                    if finetune.control:
-                        fresh = self._fresh("chat", spec, round(study.train.l1_warmup * n_batches))
-                        trainees.append(self._trainee("chat", "control", spec, fresh, budget))
-                schedule = Schedule(study.train.lr, finetune.lr_warmup, finetune.lr_decay)
-                self._train_on(trainees, stream, schedule, "chat", f"fine-tune {short_count(budget)}")
-
         roles = ("finetuned", "control") if finetune.control else ("finetuned",)
         made = [path / WEIGHTS_FILE for role in roles for path in self._budgeted_directories(role, *finetune.tokens)]
-        self._stage("finetune", inputs, work, outputs=made)
+
+        def inputs() -> dict[str, Any]:
+            self._require("train-base", "the SAEs of the base model are not trained yet", "train")
+            return {
+                **self._inputs("chat"),
+                "parents": {path.name: file_digest(path / WEIGHTS_FILE) for path in parents.values()},
+                "finetune": finetune.model_dump(mode="json"),
+                "train": [study.train.lr, study.train.l1_warmup, study.train.drop_norm_above],
+                "norm scales": self._norm_scales(),
+                "dtype": [self._training_dtype, self._autocast],
+                "instruct": self._rollout_settings(finetune),
+            }
+
+        def trainees(budget: int, device: str) -> Iterator[Trainee]:
+            for spec, parent in parents.items():
+                # the coefficient as in training, without its warm-up
+                sae = continued_sae(parent, self._fresh("chat", spec, 0, device))
+                yield self._trainee("finetuned", "finetuned", spec, sae, budget)
+                if finetune.control:
+                    warmup = round(study.train.l1_warmup * (budget // finetune.batch_size))
+                    yield self._trainee("chat", "control", spec, self._fresh("chat", spec, warmup, device), budget)
+
+        def passes() -> list[Pass]:
+            self._make_rollouts_to_read(finetune)
+            schedule = Schedule(study.train.lr, finetune.lr_warmup, finetune.lr_decay)
+            return [
+                self._pass(
+                    f"fine-tune {short_count(budget)}",
+                    "chat",
+                    finetune.batch_size,
+                    budget // finetune.batch_size,
+                    schedule,
+                    lambda device, budget=budget: list(trainees(budget, device)),
+                    finetune,
+                )
+                for budget in finetune.tokens
+            ]
+
+        return self._task("finetune", inputs, passes, "finetune", made)
+
+    def _rollout_settings(self, finetune: Finetune | None) -> dict[str, Any] | None:
+        instruct = self._study.instruct
+        if finetune is None or finetune.data != "rollouts" or instruct is None:
+            return None
+        return instruct.model_dump(mode="json")
+
+    def _task(
+        self,
+        name: str,
+        inputs: Callable[[], dict[str, Any]],
+        passes: Callable[[], list[Pass]],
+        verb: str,
+        outputs: Sequence[Path],
+    ) -> Task:
+        return Task(
+            where=str(self._run.root),
+            is_due=lambda: self._is_due(name, inputs(), verb=verb, outputs=outputs),
+            is_complete=lambda: all(path.exists() for path in outputs),
+            finish=lambda seconds: self._finish(name, inputs(), seconds),
+            passes=passes,
+        )
+
+    def _pass(
+        self,
+        label: str,
+        side: str,
+        batch_size: int,
+        n_batches: int,
+        schedule: Schedule,
+        trainees: Callable[[str], list[Trainee]],
+        finetune: Finetune | None = None,
+    ) -> Pass:
+        study, scale = self._study, self._norm_scales()[side]
+        return Pass(
+            label=label,
+            settings={
+                **self._inputs(side),
+                "batch_size": batch_size,
+                "batches": n_batches,
+                "tokens.seed": study.tokens.seed,
+                "train.drop_norm_above": study.train.drop_norm_above,
+                "schedule": astuple(schedule),
+                "norm scale": scale,
+                "dtype": [self._training_dtype, self._autocast],
+                "instruct": self._rollout_settings(finetune),
+            },
+            open_stream=lambda device: self._stream(side, batch_size, n_batches, finetune, device),
+            trainees=trainees,
+            options={"schedule": schedule, "norm_scale": scale, "autocast": self._autocast},
+        )
 
     def cross_eval(self) -> None:
         """Evaluate every SAE on both models."""
@@ -367,6 +474,15 @@ class Stages:
         verb: str | None = None,
         outputs: Sequence[Path] = (),
     ) -> None:
+        if self._is_due(name, inputs, verb=verb, outputs=outputs):
+            started = time.monotonic()
+            work()
+            self._finish(name, inputs, time.monotonic() - started)
+
+    def _is_due(
+        self, name: str, inputs: Mapping[str, Any], *, verb: str | None = None, outputs: Sequence[Path] = ()
+    ) -> bool:
+        """Whether a stage has to be done: says so when not, refuses changed inputs, forgets the old record."""
         changed = self._run.changed_inputs(name, inputs)
         lost = [path for path in outputs if not path.exists()]
         if changed == [] and lost:
@@ -374,7 +490,7 @@ class Stages:
             changed = None
         if changed == [] and self._redo != (verb or name):
             logger.info("%s: done already, nothing to do", name)
-            return
+            return False
         if changed and not self._force:
             raise StudyError(
                 f"{name}: was done in {self._run.root} with other inputs; changed since: {', '.join(changed)}",
@@ -382,9 +498,9 @@ class Stages:
             )
         self._run.adopt(self._study)
         self._run.forget(name)
-        started = time.monotonic()
-        work()
-        seconds = time.monotonic() - started
+        return True
+
+    def _finish(self, name: str, inputs: Mapping[str, Any], seconds: float) -> None:
         self._run.finish(name, inputs, seconds)
         # tokens are made before any model has been seen to be sound
         self._run.update_manifest(**self._provenance(), **({} if name == "tokens" else self._found))
@@ -439,20 +555,14 @@ class Stages:
         """c_m of both models: given, or measured once on the first training tokens and kept in scales.json."""
         study, given = self._study, self._study.norm_scale
         path = self._run.root / "scales.json"
-        n_tokens = min(study.train.scale_tokens, study.train.tokens)
-        inputs = {
-            **self._inputs(*SIDES),
-            "norm_scale": given.model_dump() if given else None,
-            "train.scale_tokens": n_tokens,
-            "dtype": self._training_dtype,
-        }
+        inputs = self._scale_inputs()
 
         def work() -> None:
             if given is not None:
                 self._write_scales(given.model_dump(), "the study file")
                 return
             scales = {}
-            sequences = self._token_set.training[: -(-n_tokens // self._token_set.context_size)]
+            sequences = self._token_set.training[: -(-self._n_scale_tokens // self._token_set.context_size)]
             for side, checkpoint in self._checkpoints.items():
                 logger.info("norm scale of %s: measuring on %s tokens", side, f"{sequences.size:,}")
                 model = load_model(checkpoint, dtype=self._training_dtype, device=self._device)
@@ -461,24 +571,36 @@ class Stages:
             self._write_scales(scales, f"the first {sequences.size} training tokens")
 
         if self._run.changed_inputs("scales", inputs) != []:
-            self._stage("scales", inputs, work)
+            with self._run.exclusively():
+                self._stage("scales", inputs, work)
         return {side: json.loads(path.read_text(encoding="utf-8"))[side] for side in SIDES}
+
+    @property
+    def _n_scale_tokens(self) -> int:
+        return min(self._study.train.scale_tokens, self._study.train.tokens)
+
+    def _scale_inputs(self) -> dict[str, Any]:
+        given = self._study.norm_scale
+        return {
+            **self._inputs(*SIDES),
+            "norm_scale": given.model_dump() if given else None,
+            "train.scale_tokens": self._n_scale_tokens,
+            "dtype": self._training_dtype,
+        }
 
     def _write_scales(self, scales: Mapping[str, float], source: str) -> None:
         write_json(self._run.root / "scales.json", {**scales, "measured_on": source})
 
     def _stream(
-        self,
-        side: str,
-        sequences: NDArray[np.integer],
-        positions: NDArray[np.bool_] | None,
-        batch_size: int,
-        n_batches: int,
+        self, side: str, batch_size: int, n_batches: int, finetune: Finetune | None, device: str
     ) -> ActivationStream:
         checkpoint = self._checkpoints[side]
-        model = load_model(checkpoint, dtype=self._training_dtype, device=self._device)
+        sequences, positions = self._sequences(finetune)
+        with _LOADING:
+            model = load_model(checkpoint, dtype=self._training_dtype, device=device)
+            splicer = open_splicer(model, self._study.site.hook_name, checkpoint)
         return ActivationStream(
-            open_splicer(model, self._study.site.hook_name, checkpoint),
+            splicer,
             sequences,
             positions=positions,
             d_model=checkpoint.d_model,
@@ -487,24 +609,10 @@ class Stages:
             n_batches=n_batches,
             seed=self._study.tokens.seed,
             drop_norm_above=self._study.train.drop_norm_above,
-            device=self._device,
+            device=device,
         )
 
-    def _train_on(
-        self, trainees: list[Trainee], stream: ActivationStream, schedule: Schedule, side: str, label: str
-    ) -> None:
-        train_saes(
-            trainees,
-            stream,
-            schedule,
-            norm_scale=self._norm_scales()[side],
-            autocast=self._autocast,
-            device=self._device,
-            label=label,
-            on_log=self._tracker.log_curve,
-        )
-
-    def _fresh(self, side: str, spec: SAESpec, sparsity_warmup_steps: int) -> Any:
+    def _fresh(self, side: str, spec: SAESpec, sparsity_warmup_steps: int, device: str) -> Any:
         study = self._study
         return new_sae(
             spec.architecture,
@@ -522,7 +630,7 @@ class Stages:
                 "prepend_bos": study.tokens.prepend_bos,
                 "dataset_path": self._token_set.dataset,
             },
-            device=self._device,
+            device=device,
         )
 
     def _trainee(self, trained_on: str, role: str, spec: SAESpec, sae: Any, budget: int | None) -> Trainee:
@@ -539,28 +647,50 @@ class Stages:
             "study_hash": self._study_hash(),
         }
         name = f"{trained_on}-{spec.name}" if budget is None else f"{role}-{spec.name}-{short_count(budget)}"
-        return Trainee(self._run.root / "saes" / name, sae, provenance)
+        return Trainee(self._run.root / "saes" / name, sae, provenance, self._tracker.log_curve)
 
-    def _finetuning_sequences(self, finetune: Finetune) -> tuple[NDArray[np.integer], NDArray[np.bool_] | None]:
-        """What the chat model reads while base SAEs are fine-tuned, and which of its positions count."""
+    def _sequences(self, finetune: Finetune | None) -> tuple[NDArray[np.integer], NDArray[np.bool_] | None]:
+        """What the model reads while SAEs are trained, and which of its positions count."""
+        if self._rollout_settings(finetune) is None:
+            return self._token_set.training, None
+        directory = self._run.root / "finetune"
+        sequences, positions = (np.load(directory / name, mmap_mode="r") for name in ROLLOUT_ARRAYS)
+        return sequences, positions
+
+    def _make_rollouts_to_read(self, finetune: Finetune) -> None:
+        """The chat model's answers on which its activations are taken: kept, since they take long to make."""
         instruct = self._study.instruct
         if finetune.data == "tokens" or instruct is None:
-            return self._token_set.training, None
-        checkpoint = self._checkpoints["chat"]
+            return
         n_tokens = max(finetune.tokens)
-        meter = Meter("rollouts to fine-tune on", n_tokens, "tokens")
-        return chat_sequences(
-            load_model(checkpoint, dtype=self._evaluation_dtype, device=self._device),
-            load_tokenizer(checkpoint),
-            dataset=instruct.dataset,
-            n_held_out=instruct.n,
-            seed=instruct.seed,
-            template=instruct.template,
-            max_new_tokens=instruct.max_new_tokens,
-            batch_size=instruct.batch_size,
-            n_tokens=n_tokens,
-            progress=meter.update,
-        )
+        inputs = {
+            "chat model": self._fingerprints["chat"],
+            "instruct": self._rollout_settings(finetune),
+            "content of the dataset": dataset_digests(instruct.dataset),
+            "tokenizer": fingerprint_of_tokenizer(self._checkpoints["chat"]),
+            "finetune.tokens": n_tokens,
+            "dtype": self._evaluation_dtype,
+        }
+
+        def work() -> None:
+            checkpoint = self._checkpoints["chat"]
+            made = chat_sequences(
+                load_model(checkpoint, dtype=self._evaluation_dtype, device=self._device),
+                load_tokenizer(checkpoint),
+                dataset=instruct.dataset,
+                n_held_out=instruct.n,
+                seed=instruct.seed,
+                template=instruct.template,
+                max_new_tokens=instruct.max_new_tokens,
+                batch_size=instruct.batch_size,
+                n_tokens=n_tokens,
+                progress=Meter("rollouts to fine-tune on", n_tokens, "tokens").update,
+            )
+            for name, array in zip(ROLLOUT_ARRAYS, made, strict=True):
+                with replacing(self._run.root / "finetune" / name) as file, file.open("wb") as handle:
+                    np.save(handle, array)
+
+        self._stage("finetune-rollouts", inputs, work, verb="finetune")
 
     def _trained_directories(self) -> list[Path]:
         names = [f"{side}-{spec.name}" for side in self._study.train.models for spec in self._study.sae_specs()]
@@ -652,6 +782,66 @@ class Stages:
             },
             "device": torch.cuda.get_device_name() if self._device.startswith("cuda") else self._device,
         }
+
+
+def train(group: Sequence[Stages], sides: Sequence[str]) -> None:
+    """Train the SAEs of one or several studies; both models at once where there are two GPUs.
+
+    Args:
+        group: Studies that share models, site, token set and the settings of training.
+        sides: Of `base`, `chat`.
+
+    Raises:
+        StudyError: They cannot share a stream, or an SAE failed; the others are stored.
+    """
+    group = [stages for stages in group if stages.trains_saes()]
+    if not group:
+        return
+    _prepare(group)
+    task_lists = [[stages.training(side) for stages in group if side in stages.sides] for side in sides]
+    devices = group[0].devices(len(sides))
+    if len(devices) > 1:
+        carry_out_at_once(task_lists, devices)
+        return
+    for tasks in task_lists:
+        carry_out(tasks, devices[0])
+
+
+def finetune(group: Sequence[Stages]) -> None:
+    """Fine-tune the base SAEs of one or several studies, and train their controls.
+
+    Args:
+        group: Studies that share models, site, token set and the settings of fine-tuning.
+
+    Raises:
+        StudyError: They cannot share a stream, or an SAE failed; the others are stored.
+    """
+    tasks = [task for task in (stages.finetuning() for stages in group) if task is not None]
+    if tasks:
+        _prepare(group)
+        carry_out(tasks, group[0].devices(1)[0])
+
+
+def _prepare(group: Sequence[Stages]) -> None:
+    """Make the token set and the norm scales once, for all that share them."""
+    leader, *others = group
+    leader.prepare()
+    for stages in others:
+        stages.share(leader)
+        stages.prepare()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Copy a directory of files that never change: as links where the file system has them."""
+
+    def link(file: str, place: str) -> None:
+        try:
+            os.link(file, place)
+        except OSError:
+            shutil.copy2(file, place)
+
+    with replacing(target) as directory:
+        shutil.copytree(source, directory, copy_function=link)
 
 
 def short_count(n_tokens: int) -> str:

@@ -5,31 +5,37 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError
 
+from sae_transfer import __version__
 from sae_transfer.config import Study
 from sae_transfer.errors import StudyError
 from sae_transfer.progress import ThinProgress
+from sae_transfer.redaction import Redaction, redacted
 from sae_transfer.study_file import resolved_yaml
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_SLICES, SAMPLE_BYTES = 64, 2**16
-LOG_PROGRESS_EVERY_S = 60.0  # bounds log.txt
-OWN_EARLY_FILES = {".lock", "log.txt", "study.yaml"}  # written before the manifest
+LOG_PROGRESS_EVERY_S, LOG_BYTES = 60.0, 4 * 2**20  # bound log.txt: one line a minute, and one older file beside it
+# Two processes may share a directory when each trains the SAEs of one model; everything else needs both parts.
+PARTS = ("base", "chat")
+LOCK_FILE = ".lock"
+OWN_EARLY_FILES = {LOCK_FILE, *(f"{LOCK_FILE}-{part}" for part in PARTS), "log.txt", "log.txt.1", "study.yaml"}
 RECORDED_PACKAGES = ("sae-transfer", "sae-lens", "transformer-lens", "torch", "transformers", "datasets", "numpy")
 
 
@@ -125,49 +131,69 @@ class RunDirectory:
             root: The run directory.
         """
         self.root = root
+        self._shared = FileLock(root / LOCK_FILE)
 
     @classmethod
     @contextmanager
-    def open(cls, root: Path, identity: Mapping[str, str]) -> "Iterator[RunDirectory]":
+    def open(cls, root: Path, identity: Mapping[str, str], parts: Sequence[str] = PARTS) -> "Iterator[RunDirectory]":
         """Take the directory for a study: create or recognise it, and lock it.
+
+        The system drops a lock when its process dies, however it dies: none is ever stale.
 
         Args:
             root: The run directory.
             identity: What no run directory may have two of: fingerprints of the models, and the site.
+            parts: Of `PARTS`; a process that only trains the SAEs of one model takes that part alone.
 
         Yields:
             The locked run directory.
 
         Raises:
-            StudyError: It holds something else or another study, another process uses it, or it cannot be written.
+            StudyError: It holds something else, another study or a newer version's files; another process uses it; it
+                cannot be written.
         """
         run = cls(root)
         run._refuse_if_foreign(identity)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(root / ".lock")
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise StudyError(
-                f"{root}: another sae-transfer process is working in this directory",
-                "wait for it, stop it, or choose another place with --out DIR",
-            ) from error
-        except OSError as error:
-            raise StudyError(
-                f"{root}: cannot be written ({error.strerror or error})", "choose another place with --out DIR"
-            ) from error
-        log_file = logging.FileHandler(root / "log.txt", encoding="utf-8")
-        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log_file.addFilter(ThinProgress(LOG_PROGRESS_EVERY_S))
-        package_logger = logging.getLogger("sae_transfer")
-        package_logger.setLevel(logging.INFO)
-        package_logger.addHandler(log_file)
-        try:
+        with ExitStack() as stack:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                for part in parts:
+                    stack.enter_context(FileLock(root / f"{LOCK_FILE}-{part}").acquire(timeout=0))
+                log_file = RotatingFileHandler(root / "log.txt", maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
+            except Timeout as error:
+                raise StudyError(
+                    f"{root}: another sae-transfer process is working in this directory",
+                    "wait for it, stop it, or choose another place with --out DIR",
+                ) from error
+            except OSError as error:
+                raise StudyError(
+                    f"{root}: cannot be written ({error.strerror or error})", "choose another place with --out DIR"
+                ) from error
+            log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            log_file.addFilter(ThinProgress(LOG_PROGRESS_EVERY_S))
+            log_file.addFilter(Redaction())
+            package_logger = logging.getLogger("sae_transfer")
+            package_logger.setLevel(logging.INFO)
+            package_logger.addHandler(log_file)
+            stack.callback(log_file.close)
+            stack.callback(package_logger.removeHandler, log_file)
             yield run
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Keep out, for the length of the block, a process that trains the other model's SAEs in this directory."""
+        if not self._shared.is_locked:
+            try:
+                self._shared.acquire(timeout=0)
+            except Timeout:
+                logger.info("%s: waiting for another process to make what both need", self.root)
+                self._shared.acquire()
+        else:
+            self._shared.acquire()
+        try:
+            yield
         finally:
-            package_logger.removeHandler(log_file)
-            log_file.close()
-            lock.release()
+            self._shared.release()
 
     def _refuse_if_foreign(self, identity: Mapping[str, str]) -> None:
         if self.root.exists() and not self.root.is_dir():
@@ -184,6 +210,12 @@ class RunDirectory:
                     "choose an empty or new directory with --out DIR",
                 )
             return
+        written_by = (there.get("packages") or {}).get("sae-transfer", __version__)
+        if _is_newer(written_by):
+            raise StudyError(
+                f"{self.root}: was written by sae-transfer {written_by}, and this is {__version__}",
+                f"install sae-transfer {written_by} or later, or choose another place with --out DIR",
+            )
         known = there.get("identity") or {}
         other = [label for label in identity if label in known and known[label] != identity[label]]
         if other:
@@ -240,11 +272,19 @@ class RunDirectory:
     def update_manifest(self, **entries: Any) -> None:
         """Merge entries into manifest.json; versions, hardware and command are those of the present process."""
         path = self.root / "manifest.json"
-        manifest = _read_json(path)
-        manifest.update(_surroundings())
-        manifest.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
-        manifest.update(entries)
-        write_json(path, manifest)
+        with self.exclusively():
+            manifest = _read_json(path)
+            manifest.update(_surroundings())
+            manifest.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
+            manifest.update(entries)
+            write_json(path, manifest)
+
+
+def _is_newer(version: str) -> bool:
+    try:
+        return Version(version) > Version(__version__)
+    except InvalidVersion:
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -258,17 +298,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _surroundings() -> dict[str, Any]:
     return {
-        "command": [Path(sys.argv[0]).name, *map(_without_credentials, sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *map(redacted, sys.argv[1:])],
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in RECORDED_PACKAGES},
         "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
         "git": _git_state(),
     }
-
-
-def _without_credentials(argument: str) -> str:
-    """Drop user:password@ from URLs."""
-    return re.sub(r"://[^/@\s]+@", "://", argument)
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -38,3 +38,15 @@ def cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Completed
     """Run `sae-transfer` in a process of its own."""
     command = [sys.executable, "-m", "sae_transfer", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def hold(run: Path, *parts: str) -> "subprocess.Popen[str]":
+    """Start a process that has taken parts of a run directory and keeps them until it is killed."""
+    code = (
+        "import sys, time; from pathlib import Path; from sae_transfer.study import RunDirectory\n"
+        "with RunDirectory.open(Path(sys.argv[1]), {}, sys.argv[2:]): print('held', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(run), *parts], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process

@@ -18,13 +18,14 @@ CHECKOUT = Path(__file__).parent.parent
 
 # From the bottom up. A room is a module or a subpackage; inside a subpackage imports are free, but for the stages.
 STOREYS = (
-    {"errors", "progress"},
+    {"errors", "progress", "redaction"},
     {"config", "demo", "console"},
     {"study_file"},
     {"study", "tracking", "cost"},
     {"models"},
     {"saes"},
     {"analysis", "report"},
+    {"shared_training"},
     {"stages"},
     {"pipeline"},
     {"sweep", "plan"},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from sae_lens import SAE
 from transformers import AutoModelForCausalLM
 
+from sae_transfer import __version__
 from sae_transfer.analysis.metrics import METRICS
 from sae_transfer.errors import StudyError
 from sae_transfer.models.tokens import load_token_set
@@ -18,7 +20,7 @@ from sae_transfer.pipeline import run_stages
 from sae_transfer.study_file import load_study, parse_study_file
 from tests.checkpoints import make_checkpoint
 from tests.saes.saes import identity_sae, random_training_sae, save_inference
-from tests.studies import read_rows, write_study
+from tests.studies import hold, read_rows, write_study
 
 ALL = ("tokens", "train", "cross-eval", "report")
 COLUMNS = (
@@ -266,11 +268,22 @@ def test_an_sae_of_the_wrong_width_is_refused(llama_pair: tuple[Path, Path], tex
     assert not (tmp_path / "run" / "cross_eval" / "rows.csv").exists()
 
 
-def test_two_processes_do_not_share_a_run_directory(finished: Path, study_file: Path) -> None:
-    from filelock import FileLock
-
-    with FileLock(finished / ".lock"), pytest.raises(StudyError, match="another sae-transfer process"):
+def test_a_directory_in_use_is_refused_until_its_process_is_gone(finished: Path, study_file: Path) -> None:
+    holder = hold(finished, "base", "chat")
+    with pytest.raises(StudyError, match="another sae-transfer process"):
         run_stages(load_study(study_file), finished, ALL)
+    holder.kill()
+    holder.wait()
+    run_stages(load_study(study_file), finished, ALL)
+
+
+def test_a_run_directory_of_a_newer_version_is_refused_with_both_named(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["packages"]["sae-transfer"] = "99.1"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StudyError, match=rf"sae-transfer 99\.1, and this is {re.escape(__version__)}"):
+        run_stages(parse_study_file(run / "study.yaml"), run, ("cross-eval",))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

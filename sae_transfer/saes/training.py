@@ -52,11 +52,13 @@ class Trainee:
         directory: `saes/<id>`; its name is the SAE's id.
         sae: In scaled space; trained in place.
         provenance: What provenance.json will say besides the factor and the training's figures.
+        on_log: Told the SAE's id and each entry of its training curve.
     """
 
     directory: Path
     sae: TrainingSAE[Any]
     provenance: Mapping[str, Any]
+    on_log: Callable[[str, Mapping[str, Any]], None] = lambda sae, entry: None
 
 
 def new_sae(
@@ -143,7 +145,6 @@ def train_saes(
     autocast: bool,
     device: str,
     label: str,
-    on_log: Callable[[str, Mapping[str, Any]], None] = lambda sae, entry: None,
 ) -> None:
     """Train all on every batch of the stream, fold the factor in, and store them.
 
@@ -157,7 +158,6 @@ def train_saes(
         autocast: bfloat16 for the forward pass of the SAEs.
         device: Where SAEs and stream are.
         label: For the progress line.
-        on_log: Told the SAE's id and each entry of its training curve.
 
     Raises:
         StudyError: A loss is not finite; nothing of that training is stored as an SAE.
@@ -184,7 +184,7 @@ def train_saes(
                 entry = {"step": step + 1, "tokens": done, **values, "tokens_per_s": round(rate)}
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
-                on_log(trainee.directory.name, entry)
+                trainee.on_log(trainee.directory.name, entry)
             meter.update(done, _shown(figures))
     for trainee, trainer in zip(trainees, trainers, strict=True):
         trainer.set_final_sae_metadata()

@@ -1,0 +1,117 @@
+"""Training as passes over a stream of activations; studies that share a stream share its passes.
+
+The language model is most of the cost of training, so SAEs of several studies with the same models, site and token set
+are trained on one pass, each in its own study's run directory.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from sae_transfer.errors import StudyError
+from sae_transfer.saes.stream import ActivationStream
+from sae_transfer.saes.training import Trainee, train_saes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one study trains on one pass over a stream.
+
+    Attributes:
+        label: For the progress line, and to name the pass in messages.
+        settings: All that batches and steps depend on besides the SAEs, labelled; studies share a pass when these are
+            equal.
+        open_stream: Device -> the stream; loads the language model.
+        trainees: Device -> SAEs, in scaled space.
+        options: Further arguments of `train_saes`.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    open_stream: Callable[[str], ActivationStream]
+    trainees: Callable[[str], list[Trainee]]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One study's stage of training.
+
+    Attributes:
+        where: The run directory, for messages.
+        is_due: Whether it has to be done; refuses changed inputs, and forgets the old record.
+        is_complete: Whether all SAEs of it are stored.
+        finish: Writes the stage's record, told how many seconds it took.
+        passes: In order; evaluated when the task is due.
+    """
+
+    where: str
+    is_due: Callable[[], bool]
+    is_complete: Callable[[], bool]
+    finish: Callable[[float], None]
+    passes: Callable[[], Sequence[Pass]]
+
+
+def carry_out(tasks: Sequence[Task], device: str) -> None:
+    """Train what is due of several studies, each pass once for all of them.
+
+    A study whose SAEs are all stored is finished also when an SAE of another one failed.
+
+    Args:
+        tasks: Of one stage, one a study.
+        device: A torch device.
+
+    Raises:
+        StudyError: The studies cannot share a stream, or an SAE failed.
+    """
+    started = time.monotonic()
+    due = [task for task in tasks if task.is_due()]
+    if not due:
+        return
+    plans = [task.passes() for task in due]
+    for task, passes in zip(due[1:], plans[1:], strict=True):
+        _refuse_if_different(due[0].where, plans[0], task.where, passes)
+    try:
+        for shared in zip(*plans, strict=True):
+            stream = shared[0].open_stream(device)
+            trainees = [trainee for own in shared for trainee in own.trainees(device)]
+            train_saes(trainees, stream, device=device, label=shared[0].label, **shared[0].options)
+    finally:
+        for task in due:
+            if task.is_complete():
+                task.finish(time.monotonic() - started)
+
+
+def carry_out_at_once(task_lists: Sequence[Sequence[Task]], devices: Sequence[str]) -> None:
+    """Several lists of tasks, each on a device of its own at the same time; an error of one does not stop the others.
+
+    Threads are enough: the work is the devices', and each training keeps its own state.
+
+    Args:
+        task_lists: Each as `carry_out` takes it.
+        devices: As many.
+
+    Raises:
+        StudyError: As `carry_out`; the first one, when all have ended.
+    """
+    with ThreadPoolExecutor(len(devices)) as pool:
+        futures = [pool.submit(carry_out, tasks, device) for tasks, device in zip(task_lists, devices, strict=True)]
+    for future in futures:
+        future.result()
+
+
+def _refuse_if_different(leader: str, ours: Sequence[Pass], other: str, theirs: Sequence[Pass]) -> None:
+    differ = [] if len(ours) == len(theirs) else ["number of budgets"]
+    for mine, yours in zip(ours, theirs, strict=False):
+        labels = {*mine.settings, *yours.settings}
+        differ += sorted(label for label in labels if mine.settings.get(label) != yours.settings.get(label))
+    if differ:
+        raise StudyError(
+            f"{leader} and {other} cannot be trained on one stream; they differ in {', '.join(dict.fromkeys(differ))}",
+            "train them one by one",
+        )

@@ -1,0 +1,27 @@
+import logging
+
+import pytest
+
+from sae_transfer.redaction import Redaction, redacted
+
+
+def test_secrets_of_the_environment_are_replaced_by_their_names() -> None:
+    environment = {"HF_TOKEN": "hf_abcdefgh123", "WANDB_API_KEY": "0123456789abcdef", "HOME": "/home/someone"}
+    text = "with hf_abcdefgh123 and 0123456789abcdef in /home/someone"
+    assert redacted(text, environment) == "with <HF_TOKEN> and <WANDB_API_KEY> in /home/someone"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "KEYBOARD", "MONKEY"])
+def test_innocent_variables_are_left(name: str) -> None:
+    assert redacted("a long value stays", {name: "long value"}) == "a long value stays"
+
+
+def test_credentials_in_urls_are_dropped() -> None:
+    assert redacted("clone https://me:secret@host/repo.git", {}) == "clone https://host/repo.git"
+
+
+def test_log_records_are_redacted_with_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "very-secret-value")
+    record = logging.LogRecord("a", logging.INFO, "", 1, "downloading with %s", ("very-secret-value",), None)
+    assert Redaction().filter(record)
+    assert record.getMessage() == "downloading with <MY_TOKEN>"
