@@ -1,10 +1,11 @@
 """Rows of rows.csv in the post's order and words: which SAE plays which role, and what it is called."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 from sae_transfer.report.results import Row, number
 
+Key = TypeVar("Key", bound=Hashable)
 Role = Literal["base", "chat", "finetuned", "control", "external"]
 
 SAE_LABELS: dict[Role, str] = {
@@ -91,13 +92,17 @@ def blocks(rows: Sequence[Row]) -> list[Block]:
         rows: Of rows.csv.
 
     Returns:
-        A block a policy; sections in their order, excluded before kept, matched before raw.
+        A block a policy, as `policies` orders them.
     """
     labels = sae_labels(rows)
-    ordered = sorted(rows, key=_post_order)
+    ordered = sorted(rows, key=post_order)
+    return [Block([row for row in ordered if Policy.of(row) == policy], labels) for policy in policies(rows)]
+
+
+def policies(rows: Iterable[Row]) -> list[Policy]:
+    """All that rows have; sections in their order, excluded before kept, matched before raw."""
     order = list(SECTIONS)
-    policies = sorted({Policy.of(row) for row in rows}, key=lambda p: (order.index(p.section), p.outliers, p.scale))
-    return [Block([row for row in ordered if Policy.of(row) == policy], labels) for policy in policies]
+    return sorted({Policy.of(row) for row in rows}, key=lambda p: (order.index(p.section), p.outliers, p.scale))
 
 
 def role(row: Row) -> Role:
@@ -141,12 +146,17 @@ def sae_labels(rows: Iterable[Row]) -> dict[str, str]:
     labels = {sae: sae for sae in by_sae}
     for known, label in SAE_LABELS.items():
         siblings = {sae: traits(row) for sae, row in by_sae.items() if role(row) == known}
-        telling = [len(set(values)) > 1 for values in zip(*siblings.values(), strict=True)]
-        found = {s: ", ".join(t for t, tells in zip(ts, telling, strict=True) if tells) for s, ts in siblings.items()}
+        found = telling(siblings)
         if len(set(found.values())) < len(found):
             found = {sae: sae.removeprefix(f"{known}-") for sae in found}
         labels |= {sae: f"{label} ({text})" if text else label for sae, text in found.items()}
     return labels
+
+
+def telling(traits: Mapping[Key, Sequence[str]]) -> dict[Key, str]:
+    """Of everything's traits, given in one order, those that are not the same for all; empty ones are left unsaid."""
+    tells = [len(set(values)) > 1 for values in zip(*traits.values(), strict=True)]
+    return {key: ", ".join(t for t, says in zip(own, tells, strict=True) if says and t) for key, own in traits.items()}
 
 
 def traits(row: Row) -> tuple[str, ...]:
@@ -163,6 +173,7 @@ def sparsity(row: Row) -> str:
     return f"{row['sparsity_key'].removesuffix('_coefficient')} {number(row, 'sparsity_value'):g}"
 
 
-def _post_order(row: Row) -> tuple[bool, int]:
+def post_order(row: Row) -> tuple[bool, int]:
+    """Sorts the rows of one policy as the post has them; SAEs from elsewhere come last."""
     cell = (role(row), row["model"])
     return cell[0] == "external", CELL_ORDER.index(cell) if cell in CELL_ORDER else len(CELL_ORDER)

@@ -1,4 +1,4 @@
-"""The figures of evaluated cells and of training: CE bars, frontiers, fine-tuning budgets, training curves."""
+"""The figures of evaluated cells and of training: CE bars, fine-tuning budgets, training curves."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from sae_transfer.report.cells import SECTIONS, Block, blocks, budget, is_native, role, traits
+from sae_transfer.report.cells import SECTIONS, blocks, budget, is_native, role, traits
 from sae_transfer.report.columns import AXES, METRICS
 from sae_transfer.report.results import Cells, Results, Row, TrainingLog, number
 from sae_transfer.report.style import (
@@ -24,7 +24,6 @@ from sae_transfer.report.style import (
     new_figure,
     plain,
     plain_log,
-    spread_axis,
     token_axis,
 )
 from sae_transfer.report.tables import budget_curves
@@ -131,74 +130,6 @@ def _tint(row: Row) -> tuple[float, float, float]:
     """The model's colour, light enough for a hatch and an error bar to be seen on it."""
     colour = MODEL_COLOURS[row["model"]]
     return tuple(0.55 + 0.45 * int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))  # pyright: ignore[reportReturnType]
-
-
-def frontiers(cells: Cells) -> list[Plot]:
-    """L0 against CE recovered and against CE delta of all SAEs; one figure a policy."""
-    found = []
-    for block in blocks(cells.rows):
-        figure = new_figure(WIDE, 3.2)
-        for axes, metric in zip(figure.subplots(1, 2), ("ce_recovered", "ce_delta"), strict=True):
-            _frontier_panel(axes, block, metric)
-        kinds = dict.fromkeys((row["model"], relation(row)) for row in block.rows)
-        handles = [
-            Line2D(
-                [],
-                [],
-                color=MODEL_COLOURS[m],
-                marker=RELATIONS[r][1],
-                linestyle="",
-                label=f"{RELATIONS[r][0]} on {m} model",
-            )
-            for r in RELATIONS
-            for m in MODEL_COLOURS
-            if (m, r) in kinds
-        ]
-        legend_below(figure, handles, columns=2)
-        caption = (
-            f"Sparsity against what the model loses, {block.circumstances()} Error bars: 95% intervals. Lines join SAEs"
-            " of equal settings but sparsity."
-        )
-        found.append(Plot(f"frontier_{block.policy.name}", caption, figure))
-    return found
-
-
-def _frontier_panel(axes: Axes, block: Block, metric: str) -> None:
-    shown = METRICS[metric].shown
-    curves: dict[tuple[Any, ...], list[Row]] = {}
-    for row in block.rows:
-        own = (
-            (row["sae"],)
-            if role(row) == "external"
-            else tuple(row[k] for k in ("architecture", "d_sae", "sparsity_key", "seed"))
-        )
-        # A fine-tuning budget is no point of a frontier.
-        alone = row["sae"] if relation(row) in ("finetuned", "control") else ""
-        curves.setdefault((row["model"], relation(row), alone, *own), []).append(row)
-    for (model, kind, *_), rows in curves.items():
-        rows.sort(key=lambda row: number(row, "l0"))
-        x, y = ([number(row, name) for row in rows] for name in ("l0", metric))
-        low, high = ([number(row, f"{metric}_{end}") for row in rows] for end in ("low", "high"))
-        below = [shown(max(0.0, v - e)) if math.isfinite(e) else 0.0 for v, e in zip(y, low, strict=True)]
-        above = [shown(max(0.0, e - v)) if math.isfinite(e) else 0.0 for v, e in zip(y, high, strict=True)]
-        axes.errorbar(
-            *(x, [shown(v) for v in y], [below, above]),
-            color=MODEL_COLOURS[model],
-            marker=RELATIONS[kind][1],
-            markeredgecolor="white",
-            markeredgewidth=0.4,
-            markersize=6,
-            linestyle="-" if kind == "native" else "--",
-            linewidth=0.9,
-            elinewidth=0.8,
-            capsize=2,
-        )
-    spread_axis(axes, [shown(number(row, metric)) for row in block.rows])
-    l0 = [number(row, "l0") for row in block.rows if number(row, "l0") > 0]
-    if l0 and max(l0) > 10 * min(l0):
-        plain_log(axes, "x")
-    axes.set_xlabel(AXES["l0"])
-    axes.set_ylabel(AXES[metric])
 
 
 def finetune_budgets(cells: Cells, n_tokens: dict[str, int]) -> list[Plot]:

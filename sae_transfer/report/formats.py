@@ -13,6 +13,7 @@ from sae_transfer.study import write_text
 SUFFIXES = (".csv", ".md", ".tex")
 TEXT_COLUMNS = frozenset(
     {"SAE", "Against", "Model", "Metric", "Comparison", "Source", "Kind", "Token", "Setting"}
+    | {"Cell", "Study", "State", "Message"}
     | {"Verdict", "Positions", "Quantity", "Breakdown", "Note"}
 )
 """Columns aligned to the left; all others hold numbers."""
@@ -131,20 +132,21 @@ def _latex(block: TableBlock) -> str:
     stacked = (r"\\".join(map(_latex_text, stack)) for stack in stacks)
     head = line(rf"\shortstack{{{text}}}" for text in stacked)
     heads = [max(map(len, stack)) for stack in stacks]
-    natural = {
-        column: _CHARACTER_CM * max(least, *(len(row[place]) for row in rows))
+    lengths = {
+        column: max(least, *(len(row[place]) for row in rows))
         for place, (column, least) in enumerate(zip(columns, heads, strict=True))
     }
-    wrapped = _wrapped(natural)
+    size, character_cm = _size(lengths)
+    wrapped = _wrapped({column: character_cm * length for column, length in lengths.items()})
     alignment = "".join(
         rf"p{{{wrapped[c]:.1f}cm}}" if c in wrapped else "l" if c in TEXT_COLUMNS else "r" for c in columns
     )
     floats = []
-    for page in _pages([_height(dict(zip(columns, row, strict=True)), wrapped) for row in rows]):
+    for page in _pages([_height(dict(zip(columns, row, strict=True)), wrapped, character_cm) for row in rows]):
         caption = _latex_text(block.title) + " (Continued.)" * (page.start > 0)
         floats += [
             r"\begin{table}",
-            r"\centering\scriptsize\sloppy\setlength{\tabcolsep}{2pt}",
+            rf"\centering\{size}\sloppy\setlength{{\tabcolsep}}{{2pt}}",
             rf"\caption{{{caption}}}",
             rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
@@ -157,6 +159,16 @@ def _latex(block: TableBlock) -> str:
             "",
         ]
     return "\n".join(floats)
+
+
+def _size(lengths: Mapping[str, int]) -> tuple[str, float]:
+    r"""The larger of \scriptsize and \tiny in which the columns fit when texts wrap; the width of its characters."""
+    least = sum(
+        min(_CHARACTER_CM * length, _NARROWEST_CM) if column in TEXT_COLUMNS else _CHARACTER_CM * length
+        for column, length in lengths.items()
+    )
+    fits = least + _GAP_CM * len(lengths) <= _PAGE_CM
+    return ("scriptsize", _CHARACTER_CM) if fits else ("tiny", _CHARACTER_CM * 5 / 7)
 
 
 def _wrapped(natural: Mapping[str, float]) -> dict[str, float]:
@@ -173,9 +185,9 @@ def _wrapped(natural: Mapping[str, float]) -> dict[str, float]:
     return {}
 
 
-def _height(row: Mapping[str, str], wrapped: Mapping[str, float]) -> int:
+def _height(row: Mapping[str, str], wrapped: Mapping[str, float], character_cm: float) -> int:
     """Printed lines of a row."""
-    return max([1, *(len(textwrap.wrap(row[column], int(width / _CHARACTER_CM))) for column, width in wrapped.items())])
+    return max([1, *(len(textwrap.wrap(row[column], int(width / character_cm))) for column, width in wrapped.items())])
 
 
 def _pages(heights: Sequence[int]) -> Iterator[slice]:

@@ -1,6 +1,6 @@
 """The tables of gaps: transferred against native beside seed against seed, at equal L0, and the verdicts."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sae_transfer.report.cells import Block, Policy, Role, blocks, is_native, role, settings, traits
@@ -14,6 +14,7 @@ EQUAL_L0_METRICS = tuple(name for name in GAP_METRICS if name not in ("l0", "fra
 DIRECTIONS = {"chat": "base SAE on chat model", "base": "chat SAE on base model"}
 """Evaluated model -> the direction of transfer that ends there."""
 
+VERDICTS = "Verdicts on the gap in CE delta, nats, against the margin or the seed noise if larger"
 
 COMPARISONS: dict[Role, str] = {"finetuned": "fine-tuning", "control": "from scratch"}
 """Role -> what its gap to the native SAE tells, where that is not the transfer of an SAE as it is."""
@@ -23,17 +24,23 @@ COMPARISONS: dict[Role, str] = {"finetuned": "fine-tuning", "control": "from scr
 class Judgement:
     """A verdict on one SAE in one direction, with all that it rests on."""
 
-    policy: Policy
-    model: str
-    sae: str
-    label: str
-    setting: str
+    row: Row
     gap: Gap
     noise_floor: float | None
     limit: float
     word: Word
     equal_l0: AtEqualL0
     """Gap in CE delta to the native frontier at the same L0."""
+
+    @property
+    def policy(self) -> Policy:
+        """What the row shares with others of its table."""
+        return Policy.of(self.row)
+
+    @property
+    def model(self) -> str:
+        """The model on which the SAE was not trained."""
+        return self.row["model"]
 
 
 def judgements(cells: Cells, margin: float) -> list[Judgement]:
@@ -59,52 +66,42 @@ def judgements(cells: Cells, margin: float) -> list[Judgement]:
             interval = Gap(*(number(gap, f"ce_delta_{end}") for end in ("gap", "low", "high")))
             floor = _noise_floor(cells.seeds, cell, native)
             limit = threshold(margin, floor)
-            setting = ", ".join(filter(None, traits(row)))
-            found.append(
-                Judgement(
-                    *(
-                        block.policy,
-                        row["model"],
-                        row["sae"],
-                        block.labels[row["sae"]],
-                        setting,
-                        interval,
-                        floor,
-                        limit,
-                    ),
-                    *(verdict(interval, limit), _equal_l0_gap(block, row, "ce_delta")),
-                )
-            )
+            equal_l0 = _equal_l0_gap(block, row, "ce_delta")
+            found.append(Judgement(row, interval, floor, limit, verdict(interval, limit), equal_l0))
     return sorted(found, key=lambda judgement: list(DIRECTIONS).index(judgement.model))
 
 
 def verdict_table(cells: Cells, margin: float) -> Table:
     """A line a judgement, with the gap, the limit it is held against, and the verdict; a block a policy."""
     judged = judgements(cells, margin)
-    title = "Verdicts on the gap in CE delta, nats, against the margin or the seed noise if larger"
     return Table(
         "verdict",
         [
-            (f"{title}; {policy.words}.", [_verdict_line(found) for found in judged if found.policy == policy])
+            (f"{VERDICTS}; {policy.words}.", [verdict_line(_verdict_head(j), j) for j in judged if j.policy == policy])
             for policy in dict.fromkeys(found.policy for found in judged)
         ],
     )
 
 
-def _verdict_line(found: Judgement) -> Line:
+def _verdict_head(found: Judgement) -> dict[str, str]:
+    return {**sides(found), "Setting": ", ".join(filter(None, traits(found.row)))}
+
+
+def sides(found: Judgement) -> dict[str, str]:
+    """Whose SAE on which model."""
+    return {"SAE": "Base" if found.model == "chat" else "Chat", "Model": found.model.capitalize()}
+
+
+def verdict_line(head: Mapping[str, str], found: Judgement) -> Line:
+    """The gap, the limit it is held against, and the verdict, after the columns that say whose they are."""
     metric = METRICS["ce_delta"]
-    of = {
-        "SAE": "Base" if found.model == "chat" else "Chat",
-        "Model": found.model.capitalize(),
-        "Setting": found.setting,
-    }
     floor = float("nan") if found.noise_floor is None else found.noise_floor
     values = {"Seed noise": floor, "Limit": found.limit, "Gap at equal L0": found.equal_l0.value}
-    printed = {head: metric.printed(value) for head, value in values.items()}
+    printed = {name: metric.printed(value) for name, value in values.items()}
     exact = {"CE Delta gap": found.gap.value, "Low": found.gap.low, "High": found.gap.high, **values}
     shown, word = {"CE Delta gap [low, high]": metric.interval(*found.gap)}, {"Verdict": found.word}
-    more = {"sae_id": found.sae, **found.policy._asdict(), "equal_l0_reason": found.equal_l0.reason}
-    return Line({**of, **shown, **printed, **word}, {**of, **exact, **word, **more})
+    more = {"sae_id": found.row["sae"], **found.policy._asdict(), "equal_l0_reason": found.equal_l0.reason}
+    return Line({**head, **shown, **printed, **word}, {**head, **exact, **word, **more})
 
 
 def transfer_table(cells: Cells, name: str = "transfer") -> Table:

@@ -1,24 +1,18 @@
 """Everything that a run's results allow: tables, figures, and one HTML file that holds them and opens anywhere."""
 
-import base64
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined
 
 from sae_transfer.config import Report
 from sae_transfer.errors import StudyError
-from sae_transfer.report import figures, outlier_figures, weight_figures, words
+from sae_transfer.report import figures, frontier_figures, outlier_figures, weight_figures, words
 from sae_transfer.report.cells import sae_labels
-from sae_transfer.report.formats import TEXT_COLUMNS, Table
+from sae_transfer.report.document import Document, Section, write_document
+from sae_transfer.report.formats import Table
 from sae_transfer.report.gap_tables import equal_l0_table, judgements, transfer_table, verdict_table
 from sae_transfer.report.outlier_tables import outlier_table, outlier_token_table, threshold_table
 from sae_transfer.report.published import find_pair, published, published_outlier_table, published_table
 from sae_transfer.report.results import Cells, Results
-from sae_transfer.report.style import Plot, styled
+from sae_transfer.report.style import styled
 from sae_transfer.report.tables import (
     budget_table,
     cross_eval_table,
@@ -29,35 +23,6 @@ from sae_transfer.report.tables import (
 )
 from sae_transfer.report.verdict import rule
 from sae_transfer.report.weight_tables import activation_table, weight_table
-from sae_transfer.study import write_text
-
-PLOT_NAMES = (
-    *("ce_bars", "frontier", "instruct_ce_bars", "finetune_budget", "training", "finetune_training"),
-    *("norm_histogram", "error_by_norm", "thresholds", "weights"),
-)
-"""What the names of figures begin with; a policy or a setting may follow."""
-
-FOLDED = {
-    "transfer": "Gaps of every metric, with intervals",
-    "instruct_transfer": "Gaps of every metric, with intervals",
-    "cross_eval_long": "Every metric, with intervals",
-    "instruct_long": "Every metric, with intervals",
-    "equal_l0": "Gaps of every metric at equal L0",
-    "thresholds": "Metrics against the outlier threshold",
-}
-"""Tables that stand closed on the page, for looking up and not for reading, with what they are."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: a heading, words, tables and figures; or one line that says what would fill it."""
-
-    id: str
-    heading: str
-    words: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    plots: Sequence[Plot] = ()
-    missing: str | None = None
 
 
 def write_report(run: Path) -> Path:
@@ -77,16 +42,19 @@ def write_report(run: Path) -> Path:
         raise StudyError(f"{run}: there are no results to report", "sae-transfer cross-eval CONFIG")
     with styled():
         sections = _sections(results)
-    target = run / "report"
-    for table in (table for section in sections for table in section.tables):
-        table.write(target / "tables")
-    images = {}
-    for plot in (plot for section in sections for plot in section.plots):
-        images[plot.name] = _data_uri(plot.write(target / "figures")[1])
-    _remove_old(target / "figures", images)
-    page = target / "index.html"
-    write_text(page, _render(results, sections, images))
-    return page
+    judged = judgements(results.cross_eval, _margin(results)) if results.cross_eval else []
+    document = Document(
+        title=f"SAE transfer: {results.study.name if results.study else results.manifest.get('study', 'a study')}",
+        introduction=words.study_in_words(results),
+        headlines=words.headlines(judged),
+        rule=rule(_margin(results)),
+        seeds_known=any(judgement.noise_floor is not None for judgement in judged),
+        sections=sections,
+        n_sequences=int(results.cross_eval.rows[0]["n_sequences"]) if results.cross_eval else None,
+        scale_ratio=words.scale_ratio(results),
+        provenance=words.provenance(results),
+    )
+    return write_document(document, run / "report")
 
 
 def _sections(results: Results) -> list[Section]:
@@ -104,7 +72,7 @@ def _sections(results: Results) -> list[Section]:
             "cross-eval",
             "Cross-evaluation",
             tables=[cross_eval_table(cells), transfer_table(cells), equal_l0_table(cells), long_table(cells)],
-            plots=[*figures.ce_bars(cells), *figures.frontiers(cells)],
+            plots=[*figures.ce_bars(cells), *frontier_figures.frontiers(cells)],
             missing=absent.get("cross-eval"),
         ),
         Section(
@@ -181,38 +149,3 @@ def _published_words(pair: str | None) -> list[str]:
         f" files, pair {pair}, SAE width {published()['pairs'][pair]['width']:,}. Its tokens are not ours, nor,"
         " where ours are pooled, its averages: small differences are no failure."
     ]
-
-
-def _render(results: Results, sections: Sequence[Section], images: dict[str, str]) -> str:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = environment.from_string(
-        files("sae_transfer.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    )
-    judged = judgements(results.cross_eval, _margin(results)) if results.cross_eval else []
-    return template.render(
-        title=f"SAE transfer: {results.study.name if results.study else results.manifest.get('study', 'a study')}",
-        introduction=words.study_in_words(results),
-        headlines=words.headlines(judged),
-        rule=rule(_margin(results)),
-        seeds_known=any(judgement.noise_floor is not None for judgement in judged),
-        sections=sections,
-        images=images,
-        text_columns=TEXT_COLUMNS,
-        folded=FOLDED,
-        n_sequences=int(results.cross_eval.rows[0]["n_sequences"]) if results.cross_eval else None,
-        scale_ratio=words.scale_ratio(results),
-        provenance=words.provenance(results),
-    )
-
-
-def _data_uri(svg: Path) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}"
-
-
-def _remove_old(directory: Path, names: Iterable[str]) -> None:
-    """Remove figures of an earlier evaluation, which had other SAEs or policies; what others put there stays."""
-    keep = set(names)
-    ours = re.compile(rf"({'|'.join(PLOT_NAMES)})(_.*)?\.(png|svg)")
-    for path in directory.glob("*"):
-        if ours.fullmatch(path.name) and path.stem not in keep:
-            path.unlink()

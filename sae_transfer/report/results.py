@@ -21,6 +21,10 @@ TRANSFER = ("section", "model", "scale", "outliers", "transferred", "native")
 SEEDS = ("section", "model", "scale", "outliers", "first", "second")
 
 
+NAMED = 5
+"""Columns that a message names before it only counts them."""
+
+
 def number(row: Row, column: str) -> float:
     """A value of a row; NaN where it is empty or the row has no such column."""
     return float(row.get(column) or "nan")
@@ -51,14 +55,12 @@ def read_lines(run: Path, stage: str, name: str, columns: Sequence[str], verb: s
     except ValueError as error:
         raise StudyError(f"{path}: not readable ({error})", again) from error
     if missing := [column for column in columns if column not in table.columns]:
-        raise StudyError(
-            f"{path}: lacks the columns {', '.join(missing)}; it was cut short or written by another version", again
-        )
+        names = ", ".join(missing[:NAMED]) + f" and {len(missing) - NAMED} more" * (len(missing) > NAMED)
+        raise StudyError(f"{path}: lacks the columns {names}; it was cut short or written by another version", again)
     return [dict(zip(table.columns, values, strict=True)) for values in table.itertuples(index=False)]
 
 
-@dataclass(frozen=True)
-class Cells:
+class Cells(NamedTuple):
     """One stage's evaluation of SAEs on models: rows, paired gaps, and gaps between seeds."""
 
     rows: list[Row]

@@ -4,7 +4,7 @@ Numbers are rounded only for Markdown, LaTeX, the page and the terminal; CSV kee
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sae_transfer.config import UNITS
@@ -127,14 +127,15 @@ def _table(name: str, subject: str, cells: Cells, lines_of: Callable[[Block], li
 
 
 def _post_lines(block: Block) -> list[Line]:
-    lines = []
-    for row in block.rows:
-        cell = {"SAE": block.labels[row["sae"]], "Model": row["model"].capitalize()}
-        values = [(metric, number(row, name)) for name, metric in POST_METRICS.items()]
-        printed = {metric.label: metric.printed(value) for metric, value in values}
-        exact = {metric.label: metric.shown(value) for metric, value in values}
-        lines.append(Line(cell | printed, {**cell, **exact, **_context(row)}))
-    return lines
+    return [post_line({"SAE": block.labels[row["sae"]], "Model": row["model"].capitalize()}, row) for row in block.rows]
+
+
+def post_line(head: Mapping[str, str], row: Row) -> Line:
+    """The post's columns of a row, after those that say whose they are."""
+    values = [(metric, number(row, name)) for name, metric in POST_METRICS.items()]
+    printed = {metric.label: metric.printed(value) for metric, value in values}
+    exact = {metric.label: metric.shown(value) for metric, value in values}
+    return Line({**head, **printed}, {**head, **exact, **_context(row)})
 
 
 def _long_lines(block: Block) -> list[Line]:

@@ -260,6 +260,52 @@ def _gaps(rows: list[dict[str, Any]], *, seeds: bool) -> list[dict[str, Any]]:
     return found
 
 
+def make_sweep(
+    directory: Path,
+    *,
+    layers: Iterable[int] = (6, 13),
+    widths: Iterable[int] = (512, 1024),
+    sparsities: Iterable[float] = (2.0, 4.0, 8.0),
+    pairs: Iterable[str] = ("toy",),
+    sparsity_in_grid: bool = False,
+) -> list[Path]:
+    """A sweep's directory in which every cell has been cross-evaluated.
+
+    Returns:
+        The cells' run directories, in order.
+    """
+    rng = np.random.default_rng(0)
+    listed = []
+    alone = [[value] for value in sparsities] if sparsity_in_grid else [list(sparsities)]
+    for pair, layer, width, own in product(pairs, layers, widths, alone):
+        cell_id = f"{pair}-l{layer}-w{width}" + f"-l1_{own[0]:g}" * sparsity_in_grid
+        settings: dict[str, Any] = {"site.layer": layer, "saes.widths": [width]}
+        if sparsity_in_grid:
+            settings["saes.l1_coefficient"] = own
+        run = directory / "cells" / cell_id
+        write_study(
+            run,
+            name=pair,
+            pair={"base": f"{pair}/base", "chat": f"{pair}/chat"},
+            site={"layer": layer, "hook": "resid_pre"},
+            saes=[{"widths": [width], "l1_coefficient": own}],
+        )
+        write_json(run / "manifest.json", {"git": {"commit": "859bb67", "dirty": False}, "started": cell_id})
+        where = {"d_sae": width, "hook_name": f"blocks.{layer}.hook_resid_pre"}
+        rows = []
+        for outliers, trained_on, l1, model in product(("excluded", "kept"), ("base", "chat"), own, ("base", "chat")):
+            sae = f"{trained_on}-standard-w{width}-l1_{l1:g}-s0"
+            # Deeper sites lose more, wider SAEs less.
+            lost = (0.004 * l1 + 0.001 * layer + 0.01 * (trained_on != model)) * (512 / width) ** 0.3
+            own_metrics = {"ce_recovered": 1 - lost, "outliers": outliers}
+            rows.append(_cell(rng, sae, trained_on, model, l1, 0, **own_metrics) | where)
+        write_csv(run / ROWS, rows)
+        write_csv(run / "cross_eval/transfer.csv", _gaps(rows, seeds=False))
+        listed.append({"id": cell_id, "study": pair, "settings": settings})
+    write_json(directory / "cells.json", listed)
+    return [directory / "cells" / entry["id"] for entry in listed]
+
+
 def _instruct(run: Path, rng: np.random.Generator) -> None:
     rows = []
     for section, outliers, trained_on in product(

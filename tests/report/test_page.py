@@ -106,7 +106,7 @@ def test_a_missing_stage_is_one_line_with_the_verb_that_makes_it(tmp_path: Path)
         "The models' weights have not been compared: sae-transfer weights CONFIG.",
         "No SAE was trained in this run: sae-transfer train CONFIG.",
         "nothing is published to compare with",
-        "No second seed was trained, so the noise floor is not known.",
+        "No second seed was evaluated beside the first, so the noise floor is not known.",
     ):
         assert line in page.text
 

@@ -79,9 +79,9 @@ def test_verdicts_come_a_direction_with_the_noise_floor_of_the_native_sae(tmp_pa
     others = [seed_gap(0.5, model="chat") | base_seeds, seed_gap(0.07, model="base") | base_seeds]
     run = make_run(tmp_path, two_seeds(), [back, gap()], [seed_gap(-0.02), *others])
     found = judgements(read_cells(run, "cross_eval", "cross-eval"), 0.05)
-    assert [(j.model, j.label, j.word) for j in found] == [
-        ("chat", "Base (seed 0)", "transfers"),
-        ("base", "Chat (seed 0)", "undecided"),
+    assert [(j.model, j.row["sae"], j.word) for j in found] == [
+        ("chat", f"base-{STEM}-l1_3-s0", "transfers"),
+        ("base", f"chat-{STEM}-l1_3-s0", "undecided"),
     ]
     assert [j.noise_floor for j in found] == pytest.approx([0.02, 0.07])
     assert [j.limit for j in found] == pytest.approx([0.05, 0.07])
@@ -92,7 +92,9 @@ def test_fine_tuned_saes_and_controls_are_not_judged(tmp_path: Path) -> None:
     tuned, control = row("finetuned", "chat"), row("chat", "chat", sae=f"control-{STEM}-l1_3-s0-5M")
     gaps = [gap(), gap(transferred=tuned["sae"]), gap(native=control["sae"])]
     run = make_run(tmp_path, [*post_rows(), tuned, control], gaps)
-    assert [j.sae for j in judgements(read_cells(run, "cross_eval", "cross-eval"), 0.05)] == [f"base-{STEM}-l1_3-s0"]
+    assert [j.row["sae"] for j in judgements(read_cells(run, "cross_eval", "cross-eval"), 0.05)] == [
+        f"base-{STEM}-l1_3-s0"
+    ]
 
 
 def test_the_verdict_table_prints_gap_limit_and_verdict(tmp_path: Path) -> None:
