@@ -13,13 +13,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sae_transfer import __version__, demo
+from sae_transfer import __version__, demo, signals
 from sae_transfer.config import Study, json_schema
 from sae_transfer.console import ConsoleHandler
 from sae_transfer.errors import StudyError
 from sae_transfer.study_file import load_study
 
-EXIT_MENDABLE, EXIT_INTERRUPTED = 2, 130
+EXIT_MENDABLE = 2
+KEPT = "finished stages are kept, and the checkpoints of a training; the same command goes on"
 TABLE_WIDTH = 150  # characters; the post's ten columns with long SAE names
 
 app = typer.Typer(
@@ -45,6 +46,12 @@ Here = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; unset: compute.device of the study.")]
 Force = Annotated[bool, typer.Option("--force", help="Do a stage again whose inputs changed.")]
+RetryLR = Annotated[
+    float | None,
+    typer.Option(
+        "--retry-lr", metavar="X", help="Go on from the checkpoints with peak learning rate X, after a blow-up."
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -93,13 +100,14 @@ def run(
     ] = None,
     device: Device = None,
     force: Force = False,
+    retry_lr: RetryLR = None,
 ) -> None:
     """Every stage that is not yet done, then the report.
 
     Example: sae-transfer run configs/demo.yaml --set evaluate.tokens=8192 --out results/small
     """
     study = _study(config, set_, device)
-    _run(study, _root(study, out, config if here else None), stage, force)
+    _run(study, _root(study, out, config if here else None), stage, force, retry_lr)
 
 
 @app.command()
@@ -114,6 +122,7 @@ def train(
     ] = None,
     device: Device = None,
     force: Force = False,
+    retry_lr: RetryLR = None,
 ) -> None:
     """Train the SAEs of both models.
 
@@ -121,7 +130,7 @@ def train(
     """
     if model not in (None, "base", "chat"):
         raise StudyError(f"--model: got {model}; expected base or chat")
-    _train(configs, "train", set_, out, here, device, force, model)
+    _train(configs, "train", set_, out, here, device, force, retry_lr, model)
 
 
 @app.command()
@@ -132,12 +141,13 @@ def finetune(
     here: Here = False,
     device: Device = None,
     force: Force = False,
+    retry_lr: RetryLR = None,
 ) -> None:
     """Continue the base SAEs on the chat model's activations.
 
     Example: sae-transfer finetune configs/demo.yaml --set finetune.tokens=[20k]
     """
-    _train(configs, "finetune", set_, out, here, device, force, None)
+    _train(configs, "finetune", set_, out, here, device, force, retry_lr, None)
 
 
 @app.command()
@@ -268,7 +278,9 @@ def _root(study: Study, out: Path | None, beside: Path | None = None) -> Path:
     return beside.absolute().parent if beside else out or Path("results") / study.name
 
 
-def _run(study: Study, root: Path, stages: Sequence[str] | str | None, force: bool) -> None:
+def _run(
+    study: Study, root: Path, stages: Sequence[str] | str | None, force: bool, retry_lr: float | None = None
+) -> None:
     """Carry out one stage, some, or all; print the post's table if it was made, and the path of what was written."""
     from sae_transfer.pipeline import STAGES, run_stages
 
@@ -277,7 +289,7 @@ def _run(study: Study, root: Path, stages: Sequence[str] | str | None, force: bo
     if unknown:
         raise StudyError(f"--stage: got {unknown[0]}; expected one of {', '.join(STAGES)}")
     with _interruptible():
-        run_stages(study, root, [stage for stage in STAGES if stage in stages], force=force)
+        run_stages(study, root, [stage for stage in STAGES if stage in stages], force=force, retry_lr=retry_lr)
     if "cross-eval" in stages:
         _print_tables(root)
     if "report" in stages:
@@ -294,6 +306,7 @@ def _train(
     here: bool,
     device: str | None,
     force: bool,
+    retry_lr: float | None,
     side: str | None,
 ) -> None:
     """Train or fine-tune the SAEs of one study, or of several on one stream; print where they are."""
@@ -308,7 +321,7 @@ def _train(
     if len(studies) < len(configs):
         raise StudyError("two of the study files lie in one run directory", "one study file a run directory")
     with _interruptible():
-        train_together(studies, stage, side=side, force=force)
+        train_together(studies, stage, side=side, force=force, retry_lr=retry_lr)
     for root in studies:
         typer.echo(root / "saes")
 
@@ -318,8 +331,8 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:  # here, because Typer turns it into an exit without a word
-        logging.getLogger("sae_transfer").error("interrupted; finished stages are kept, the same command goes on")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        logging.getLogger("sae_transfer").error("interrupted; %s", KEPT)
+        raise typer.Exit(signals.EXIT_INTERRUPTED) from None
 
 
 def _print_tables(root: Path) -> None:
@@ -351,10 +364,14 @@ def _logging() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the CLI; exit codes: 0, 1 a bug, 2 what the user can mend, 130 interrupted."""
-    with _logging():
+    """Run the CLI; exit codes: 0, 1 a bug, 2 what the user can mend, 75 stopped by a signal, 130 by Ctrl-C."""
+    with _logging(), signals.installed():
         try:
+            signals.end_with_parent()
             app(standalone_mode=True)
+        except signals.Stopped as stop:
+            code = stop.exit_code
+            logging.getLogger("sae_transfer").error("%s; %s", stop, KEPT)
         except StudyError as error:
             code = EXIT_MENDABLE
             logging.getLogger("sae_transfer").error("%s", error)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from sae_transfer.config import Study
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import fingerprint, resolve_pair
+from sae_transfer.saes.checkpoints import CHECKPOINTS, STATE_FILE
 from sae_transfer.stages import Stages, finetune, train
 from sae_transfer.study import PARTS, RunDirectory
 from sae_transfer.tracking import open_tracker
@@ -20,7 +21,9 @@ logger = logging.getLogger(__name__)
 STAGES = ("tokens", "train", "finetune", "cross-eval", "outliers", "instruct", "weights", "report")
 
 
-def run_stages(study: Study, root: Path, stages: Sequence[str] = STAGES, *, force: bool = False) -> None:
+def run_stages(
+    study: Study, root: Path, stages: Sequence[str] = STAGES, *, force: bool = False, retry_lr: float | None = None
+) -> None:
     """Carry out stages of a study; tokens and norm scales are made for any stage that needs them.
 
     Args:
@@ -28,16 +31,26 @@ def run_stages(study: Study, root: Path, stages: Sequence[str] = STAGES, *, forc
         root: Its run directory.
         stages: Of `STAGES`, in that order.
         force: Redo a stage whose inputs changed; and the one stage asked for, when it is one, in any case.
+        retry_lr: Peak learning rate with which trainings that have a checkpoint go on.
 
     Raises:
         StudyError: Something that the user can mend; finished stages stay finished.
     """
-    with _opened(study, root, PARTS, force=force, redo=stages[0] if len(stages) == 1 else None) as work:
+    _refuse_to_retry_nothing([root], retry_lr)
+    redo = stages[0] if len(stages) == 1 else None
+    with _opened(study, root, PARTS, force=force, redo=redo, retry_lr=retry_lr) as work:
         for stage in stages:
             getattr(work, stage.replace("-", "_"))()
 
 
-def train_together(studies: Mapping[Path, Study], stage: str, *, side: str | None = None, force: bool = False) -> None:
+def train_together(
+    studies: Mapping[Path, Study],
+    stage: str,
+    *,
+    side: str | None = None,
+    force: bool = False,
+    retry_lr: float | None = None,
+) -> None:
     """Train, or fine-tune, the SAEs of one or several studies on one stream.
 
     Args:
@@ -45,14 +58,17 @@ def train_together(studies: Mapping[Path, Study], stage: str, *, side: str | Non
         stage: `train` or `finetune`.
         side: Train the SAEs of this model only, `base` or `chat`; another process may train the other's.
         force: Do it again, also where the inputs changed.
+        retry_lr: Peak learning rate with which trainings that have a checkpoint go on.
 
     Raises:
         StudyError: Something that the user can mend; SAEs that are finished stay.
     """
+    _refuse_to_retry_nothing(studies, retry_lr)
     parts = (side,) if side else PARTS
     with ExitStack() as stack:
         group = [
-            stack.enter_context(_opened(study, root, parts, force=force, redo=stage)) for root, study in studies.items()
+            stack.enter_context(_opened(study, root, parts, force=force, redo=stage, retry_lr=retry_lr))
+            for root, study in studies.items()
         ]
         if stage == "finetune":
             finetune(group)
@@ -62,7 +78,9 @@ def train_together(studies: Mapping[Path, Study], stage: str, *, side: str | Non
 
 
 @contextmanager
-def _opened(study: Study, root: Path, parts: Sequence[str], *, force: bool, redo: str | None) -> Iterator[Stages]:
+def _opened(
+    study: Study, root: Path, parts: Sequence[str], *, force: bool, redo: str | None, retry_lr: float | None
+) -> Iterator[Stages]:
     """Resolve a study's pair, take its run directory, and start its tracking.
 
     Args:
@@ -71,6 +89,7 @@ def _opened(study: Study, root: Path, parts: Sequence[str], *, force: bool, redo
         parts: Of the run directory, to be locked.
         force: Do stages again whose inputs changed.
         redo: With `force`, the stage to be done again in any case.
+        retry_lr: Peak learning rate with which trainings that have a checkpoint go on.
 
     Yields:
         The study's stages.
@@ -103,7 +122,22 @@ def _opened(study: Study, root: Path, parts: Sequence[str], *, force: bool, redo
     ):
         found = {"identity": identity, "pair_differences": notes}
         redo = redo if force else None
-        yield Stages(study, run, checkpoints, fingerprints, device, tracker, found, force=force, redo=redo)
+        yield Stages(
+            study, run, checkpoints, fingerprints, device, tracker, found, force=force, redo=redo, retry_lr=retry_lr
+        )
+
+
+def _refuse_to_retry_nothing(roots: Iterable[Path], retry_lr: float | None) -> None:
+    if retry_lr is None:
+        return
+    if not 0 < retry_lr <= 1:
+        raise StudyError(f"--retry-lr: {retry_lr:g} is no learning rate", "a number above 0, such as 2e-5, at most 1")
+    # a stored SAE has no checkpoints any more
+    if not any(path for root in roots for path in root.glob(f"saes/*/{CHECKPOINTS}/*/{STATE_FILE}")):
+        raise StudyError(
+            f"--retry-lr {retry_lr:g}: no training in {', '.join(map(str, roots))} has a checkpoint to retry from",
+            "leave out --retry-lr; to train anew with another learning rate, --set train.lr=X and --force",
+        )
 
 
 def choose_device(asked: str) -> str:

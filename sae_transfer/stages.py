@@ -32,11 +32,27 @@ from sae_transfer.models.splice import open_splicer
 from sae_transfer.models.tokens import TokenSet, build_token_set, load_token_set
 from sae_transfer.progress import Meter
 from sae_transfer.saes.sources import fetch, recorded_identity, same_model
-from sae_transfer.saes.store import CONFIG_FILE, WEIGHTS_FILE, StoredSAE, check_fits, load_external, load_own
+from sae_transfer.saes.store import (
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    WEIGHTS_FILE,
+    StoredSAE,
+    check_fits,
+    load_external,
+    load_own,
+)
 from sae_transfer.saes.stream import ActivationStream, measure_norm_scale
-from sae_transfer.saes.training import Schedule, Trainee, continued_sae, new_sae
+from sae_transfer.saes.training import Schedule, Trainee, continued_sae, discard_sae, new_sae
 from sae_transfer.shared_training import Pass, Task, carry_out, carry_out_at_once
-from sae_transfer.study import RunDirectory, file_digest, replacing, sampled_digest, write_json, write_text
+from sae_transfer.study import (
+    RunDirectory,
+    clear_scratch,
+    file_digest,
+    replacing,
+    sampled_digest,
+    write_json,
+    write_text,
+)
 from sae_transfer.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -61,6 +77,7 @@ class Stages:
         *,
         force: bool,
         redo: str | None,
+        retry_lr: float | None = None,
     ) -> None:
         """Take what all stages share.
 
@@ -74,8 +91,9 @@ class Stages:
             found: What the manifest says of the pair, once a stage has used the models.
             force: Do a stage again whose inputs changed.
             redo: A stage to do again in any case.
+            retry_lr: Peak learning rate with which trainings that have a checkpoint go on.
         """
-        self._study, self._run, self._force, self._redo = study, run, force, redo
+        self._study, self._run, self._force, self._redo, self._retry_lr = study, run, force, redo, retry_lr
         self._checkpoints, self._fingerprints, self._device = checkpoints, fingerprints, device
         self._tracker, self._found = tracker, found
         on_gpu = device.startswith("cuda")
@@ -166,9 +184,11 @@ class Stages:
             n_batches = settings.tokens // settings.batch_size
             warmup = round(settings.l1_warmup * n_batches)
 
+            depends_on = {label: value for label, value in inputs().items() if label != "saes"}
+
             def trainees(device: str) -> list[Trainee]:
                 return [
-                    self._trainee(side, "trained", spec, self._fresh(side, spec, warmup, device), None)
+                    self._trainee(side, "trained", spec, self._fresh(side, spec, warmup, device), None, depends_on)
                     for spec in specs
                 ]
 
@@ -204,13 +224,17 @@ class Stages:
             }
 
         def trainees(budget: int, device: str) -> Iterator[Trainee]:
+            depends_on = {label: value for label, value in inputs().items() if label != "parents"}
+            depends_on["finetune"] = {**finetune.model_dump(mode="json", exclude={"control"}), "tokens": budget}
             for spec, parent in parents.items():
                 # the coefficient as in training, without its warm-up
                 sae = continued_sae(parent, self._fresh("chat", spec, 0, device))
-                yield self._trainee("finetuned", "finetuned", spec, sae, budget)
+                of_parent = {**depends_on, "parent": file_digest(parent / WEIGHTS_FILE)}
+                yield self._trainee("finetuned", "finetuned", spec, sae, budget, of_parent)
                 if finetune.control:
                     warmup = round(study.train.l1_warmup * (budget // finetune.batch_size))
-                    yield self._trainee("chat", "control", spec, self._fresh("chat", spec, warmup, device), budget)
+                    fresh = self._fresh("chat", spec, warmup, device)
+                    yield self._trainee("chat", "control", spec, fresh, budget, depends_on)
 
         def passes() -> list[Pass]:
             self._make_rollouts_to_read(finetune)
@@ -246,8 +270,8 @@ class Stages:
     ) -> Task:
         return Task(
             where=str(self._run.root),
-            is_due=lambda: self._is_due(name, inputs(), verb=verb, outputs=outputs),
-            is_complete=lambda: all(path.exists() for path in outputs),
+            is_due=lambda: self._is_due(name, inputs(), verb=verb, outputs=outputs, discard=discard_sae),
+            is_complete=lambda: all(path.exists() and path.with_name(PROVENANCE_FILE).exists() for path in outputs),
             finish=lambda seconds: self._finish(name, inputs(), seconds),
             passes=passes,
         )
@@ -278,7 +302,14 @@ class Stages:
             },
             open_stream=lambda device: self._stream(side, batch_size, n_batches, finetune, device),
             trainees=trainees,
-            options={"schedule": schedule, "norm_scale": scale, "autocast": self._autocast},
+            options={
+                "schedule": schedule,
+                "norm_scale": scale,
+                "autocast": self._autocast,
+                "checkpoint_every_min": study.compute.checkpoint_every_min,
+                "retry_lr": self._retry_lr,
+                "force": self._force,
+            },
         )
 
     def cross_eval(self) -> None:
@@ -442,6 +473,7 @@ class Stages:
         def work() -> None:
             directory = self._run.root / "weights"
             directory.mkdir(parents=True, exist_ok=True)
+            clear_scratch(directory)
             models = OneModelAtATime(self._checkpoints, study.site.hook_name, self._evaluation_dtype, self._device)
             with tempfile.TemporaryDirectory(dir=directory, prefix=".activations.") as scratch:
                 sites = models.collect(self._token_set.evaluation, study.evaluate.batch_size, Path(scratch))
@@ -480,7 +512,13 @@ class Stages:
             self._finish(name, inputs, time.monotonic() - started)
 
     def _is_due(
-        self, name: str, inputs: Mapping[str, Any], *, verb: str | None = None, outputs: Sequence[Path] = ()
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        *,
+        verb: str | None = None,
+        outputs: Sequence[Path] = (),
+        discard: Callable[[Path], None] = lambda directory: None,
     ) -> bool:
         """Whether a stage has to be done: says so when not, refuses changed inputs, forgets the old record."""
         changed = self._run.changed_inputs(name, inputs)
@@ -497,6 +535,9 @@ class Stages:
                 "--force to do it again there, or --out DIR to keep both",
             )
         self._run.adopt(self._study)
+        if changed is not None:  # to be done anew, also if that is cut and continued: so before the record goes
+            for path in outputs:
+                discard(path.parent)
         self._run.forget(name)
         return True
 
@@ -633,7 +674,21 @@ class Stages:
             device=device,
         )
 
-    def _trainee(self, trained_on: str, role: str, spec: SAESpec, sae: Any, budget: int | None) -> Trainee:
+    def _trainee(
+        self,
+        trained_on: str,
+        role: str,
+        spec: SAESpec,
+        sae: Any,
+        budget: int | None,
+        depends_on: Mapping[str, Any],
+    ) -> Trainee:
+        identity = {
+            **depends_on,
+            "role": role,
+            "SAE": [spec.name, spec.options],
+            "tokens.seed": self._study.tokens.seed,  # of the stream's shuffling, also of given token ids
+        }
         provenance = {
             "trained_on": trained_on,
             "role": role,
@@ -647,7 +702,7 @@ class Stages:
             "study_hash": self._study_hash(),
         }
         name = f"{trained_on}-{spec.name}" if budget is None else f"{role}-{spec.name}-{short_count(budget)}"
-        return Trainee(self._run.root / "saes" / name, sae, provenance, self._tracker.log_curve)
+        return Trainee(self._run.root / "saes" / name, sae, provenance, identity, self._tracker.log_curve)
 
     def _sequences(self, finetune: Finetune | None) -> tuple[NDArray[np.integer], NDArray[np.bool_] | None]:
         """What the model reads while SAEs are trained, and which of its positions count."""

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,11 @@ LOG_PROGRESS_EVERY_S, LOG_BYTES = 60.0, 4 * 2**20  # bound log.txt: one line a m
 # Two processes may share a directory when each trains the SAEs of one model; everything else needs both parts.
 PARTS = ("base", "chat")
 LOCK_FILE = ".lock"
-OWN_EARLY_FILES = {LOCK_FILE, *(f"{LOCK_FILE}-{part}" for part in PARTS), "log.txt", "log.txt.1", "study.yaml"}
+# Written before the manifest; also what a killed process left of them while it wrote.
+OWN_EARLY_FILES = re.compile(
+    r"\.lock(-base|-chat)?|log\.txt(\.1)?|wandb|(study\.yaml|wandb\.json)"
+    r"|\.(study\.yaml|manifest\.json|wandb\.json)\.\w+"
+)
 RECORDED_PACKAGES = ("sae-transfer", "sae-lens", "transformer-lens", "torch", "transformers", "datasets", "numpy")
 
 
@@ -80,6 +85,7 @@ def replacing(path: Path) -> Iterator[Path]:
             if temporary.is_dir() and path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)
+            sync(path.parent, recursive=False)  # the name is an entry of the directory, and on the disk only with it
     except (OSError, SafetensorError) as error:
         raise StudyError(
             f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})",
@@ -87,12 +93,22 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or every file of a directory, to the disk."""
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+def sync(path: Path, *, recursive: bool = True) -> None:
+    """Flush a file, or a directory and by default all that is in it, to the disk."""
+    inside = sorted(path.rglob("*")) if recursive and path.is_dir() else []
+    for entry in [*inside, path]:
+        handle = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def clear_scratch(directory: Path) -> None:
+    """Remove what `replacing`, or a temporary directory, left in a directory when its process was killed."""
+    for path in directory.glob(".*.*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def digest(value: Any) -> str:
@@ -202,9 +218,9 @@ class RunDirectory:
             )
         if not self.root.is_dir():
             return
-        there = _read_json(self.root / "manifest.json")
+        there = read_json(self.root / "manifest.json")
         if not (self.root / "study.yaml").exists() or "study" not in there:
-            if any(path.name not in OWN_EARLY_FILES for path in self.root.iterdir()):
+            if any(not OWN_EARLY_FILES.fullmatch(path.name) for path in self.root.iterdir()):
                 raise StudyError(
                     f"{self.root}: is not empty, and not a run directory (it has no study.yaml and manifest.json)",
                     "choose an empty or new directory with --out DIR",
@@ -231,7 +247,7 @@ class RunDirectory:
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """The record of a finished stage, or None when it has not been finished."""
-        record = _read_json(self._record_path(stage))
+        record = read_json(self._record_path(stage))
         return record if "inputs" in record else None
 
     def changed_inputs(self, stage: str, inputs: Mapping[str, Any]) -> list[str] | None:
@@ -273,7 +289,7 @@ class RunDirectory:
         """Merge entries into manifest.json; versions, hardware and command are those of the present process."""
         path = self.root / "manifest.json"
         with self.exclusively():
-            manifest = _read_json(path)
+            manifest = read_json(path)
             manifest.update(_surroundings())
             manifest.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
             manifest.update(entries)
@@ -287,7 +303,7 @@ def _is_newer(version: str) -> bool:
         return False
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty when there is none, or not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

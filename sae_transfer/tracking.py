@@ -1,17 +1,20 @@
 """Curves, tables, figures and SAEs to wandb, when asked; the only module that imports wandb. Never the only copy."""
 
 import logging
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sae_transfer.errors import StudyError
+from sae_transfer.study import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["disabled", "offline", "online"]
 TIMEOUT_S = 60
+RUN_FILE = "wandb.json"
 
 
 class Tracker(Protocol):
@@ -37,7 +40,7 @@ class NoTracker:
 
 
 class WandbTracker:
-    """One wandb run a process. What wandb refuses is said once and left out: the files are all there."""
+    """The wandb run of a run directory. What wandb refuses is said once and left out: the files are all there."""
 
     def __init__(self, run: Any) -> None:
         """Take a started run.
@@ -78,7 +81,7 @@ class WandbTracker:
 def open_tracker(
     mode: Mode, *, project: str, entity: str | None, name: str, config: Mapping[str, Any], directory: Path
 ) -> Iterator[Tracker]:
-    """Start tracking, and end it with the block.
+    """Start tracking, and end it with the block. All processes that work in a run directory are one wandb run.
 
     Online without a login or a network becomes offline, with a warning: nothing is lost, `wandb sync` sends it later.
 
@@ -88,7 +91,7 @@ def open_tracker(
         entity: wandb user or team; None takes wandb's default.
         name: Of the wandb run.
         config: The study.
-        directory: wandb's files go into `wandb/` below it.
+        directory: wandb's files go into `wandb/` below it; `wandb.json` keeps the run's id.
 
     Yields:
         The tracker.
@@ -98,12 +101,19 @@ def open_tracker(
         return
     import wandb
 
+    known = read_json(directory / RUN_FILE).get("id")
+    run_id = known or uuid.uuid4().hex[:8]
+    if known is None:
+        write_json(directory / RUN_FILE, {"id": run_id})
+
     def start(how: Mode) -> Any:
         settings = wandb.Settings(silent=True, init_timeout=TIMEOUT_S)
         return wandb.init(
             project=project,
             entity=entity,
             name=name,
+            id=run_id,
+            resume="allow",
             config=dict(config),
             dir=str(directory),
             mode=how,

@@ -82,7 +82,7 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(
     llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path
 ) -> None:
     config = write_study(tmp_path, *llama_pair, text_file)
-    arguments = ["train", str(config), "--out", str(tmp_path / "run"), "--set", "train.batch_size=1"]
+    arguments = ["train", str(config), "--out", str(tmp_path / "run"), "--set", "train.batch_size=2"]
     process = subprocess.Popen([sys.executable, "-m", "sae_transfer", *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     seen = []
@@ -93,8 +93,10 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(
             break
     seen += process.stderr.readlines()
     assert process.wait() == 130, seen
-    assert any("interrupted" in line for line in seen) and not any("Traceback" in line for line in seen)
-    assert cli("train", config, "--out", tmp_path / "run").returncode == 0
+    assert any("interrupted; finished stages are kept" in line for line in seen)
+    assert not any("Traceback" in line for line in seen)
+    again = cli(*arguments)
+    assert again.returncode == 0 and "base-standard-w64-l1_1-s0: going on from the checkpoint of step" in again.stderr
 
 
 def test_weight_differences_of_several_studies_stand_in_one_figure(

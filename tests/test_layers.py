@@ -18,10 +18,11 @@ CHECKOUT = Path(__file__).parent.parent
 
 # From the bottom up. A room is a module or a subpackage; inside a subpackage imports are free, but for the stages.
 STOREYS = (
-    {"errors", "progress", "redaction"},
+    {"errors", "progress", "redaction", "signals"},
     {"config", "demo", "console"},
     {"study_file"},
-    {"study", "tracking", "cost"},
+    {"study", "cost"},
+    {"tracking"},
     {"models"},
     {"saes"},
     {"analysis", "report"},

@@ -65,7 +65,9 @@ def test_studies_that_cannot_share_a_stream_are_refused_by_what_differs(
     write("b", 48, train={"tokens": 4096, "batch_size": 32, "scale_tokens": 2048})
     done = cli("train", tmp_path / "a" / "study.yaml", tmp_path / "b" / "study.yaml", "--here")
     assert done.returncode == 2
-    assert "cannot be trained on one stream; they differ in batch_size, batches, schedule" in done.stderr.replace("\n", " ")
+    assert "cannot be trained on one stream; they differ in batch_size, batches, schedule" in done.stderr.replace(
+        "\n", " "
+    )
 
 
 def test_several_study_files_need_here(write: Callable[..., Path], tmp_path: Path) -> None:

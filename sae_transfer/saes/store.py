@@ -77,6 +77,11 @@ class StoredSAE:
         return features, decoded / factor if factor != 1 else decoded
 
 
+def is_finite(sae: SAE[Any] | TrainingSAE[Any]) -> bool:
+    """Whether all its weights are finite numbers."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in sae.state_dict().values())
+
+
 def save_trained(sae: TrainingSAE[Any], scale: float, directory: Path, provenance: Mapping[str, Any]) -> None:
     """Fold the factor into a trained SAE and write it as SAELens's inference form, beside its provenance.
 
@@ -89,7 +94,7 @@ def save_trained(sae: TrainingSAE[Any], scale: float, directory: Path, provenanc
     Raises:
         StudyError: The place cannot be written.
     """
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in sae.state_dict().values()):
+    if not is_finite(sae):
         raise StudyError(
             f"{directory}: the trained weights are not finite; nothing was stored",
             "lower train.lr, or leave out extreme activations (train.drop_norm_above: 10)",

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae_transfer import signals
 from sae_transfer.models.splice import Splicer
 
 # Of float32 activations. Part of the result (it says how far tokens are mixed), so not a matter of the machine at hand.
@@ -91,10 +92,11 @@ class ActivationStream:
         last = min(first + self._batches_per_block * self.batch_size, self.n_batches * self.batch_size)
         # where the block's activations stand among all positions, padding included
         places = np.arange(first, last) if self._positions is None else self._positions[first:last]
-        self._block = torch.empty(0)  # the old block's memory before the new one's
+        self._block, self._block_index = torch.empty(0), -1  # the old block's memory before the new one's
         block = torch.empty(last - first, self._d_model, dtype=self._splicer.head.weight.dtype, device=self._device)
         per_pass = max(1, SCALE_BATCH_TOKENS // pos)
         for row in range(places[0] // pos, places[-1] // pos + 1, per_pass):
+            signals.check()  # a block can take minutes, more than a job has that is asked to stop
             acts = run_sequences(self._splicer, self._sequences[row : row + per_pass], self._device).flatten(0, 1)
             begin, end = np.searchsorted(places, [row * pos, (row + per_pass) * pos])
             block[begin:end] = acts[torch.from_numpy(places[begin:end] - row * pos).to(self._device)]

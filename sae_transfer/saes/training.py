@@ -1,14 +1,12 @@
 """Train SAEs with SAELens's `SAETrainer`, several on one activation stream; fine-tuning starts it from an SAE."""
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,15 +18,19 @@ from sae_lens.saes.sae import SAEMetadata, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from sae_transfer.errors import StudyError
+from sae_transfer import signals
+from sae_transfer.errors import StudyError, is_out_of_memory
 from sae_transfer.progress import Meter
-from sae_transfer.saes.store import load_own, save_trained
+from sae_transfer.saes.checkpoints import KEPT, Checkpoint, Checkpoints, common_starts
+from sae_transfer.saes.curve import LOG_FILE, CurveLog
+from sae_transfer.saes.store import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE, is_finite, load_own, save_trained
 from sae_transfer.saes.stream import ActivationStream
+from sae_transfer.study import clear_scratch, read_json
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "train_log.jsonl"
 LOG_POINTS = 500  # of a training curve, at most
+EXPLODED = 100  # times the mean squared norm of a batch: an SAE that puts out nothing has an MSE of 1 of them
 # SAELens's moving average of the batchtopk threshold forgets its start at rate 0.01: e^-4 of it is left after this.
 BATCHTOPK_SETTLED_STEPS = 400
 # Warm-up of the sparsity coefficient has another name in each architecture; top-k ones have none.
@@ -52,13 +54,28 @@ class Trainee:
         directory: `saes/<id>`; its name is the SAE's id.
         sae: In scaled space; trained in place.
         provenance: What provenance.json will say besides the factor and the training's figures.
-        on_log: Told the SAE's id and each entry of its training curve.
+        identity: Label -> JSON value, everything that its numbers depend on, and nothing of its siblings on the stream:
+            checkpoints of another identity are refused, and an SAE stored with this one is not trained again.
+        on_log: Told the SAE's id and each entry of its training curve, once, also over several processes.
     """
 
     directory: Path
     sae: TrainingSAE[Any]
     provenance: Mapping[str, Any]
+    identity: Mapping[str, Any]
     on_log: Callable[[str, Mapping[str, Any]], None] = lambda sae, entry: None
+
+
+class Diverged(StudyError):
+    """The training of some SAEs blew up; the others of the stream are trained and stored.
+
+    Attributes:
+        directories: Of the SAEs that are not.
+    """
+
+    def __init__(self, problem: str, remedy: str, directories: Sequence[Path]) -> None:
+        super().__init__(problem, remedy)
+        self.directories = tuple(directories)
 
 
 def new_sae(
@@ -145,10 +162,15 @@ def train_saes(
     autocast: bool,
     device: str,
     label: str,
+    checkpoint_every_min: float,
+    retry_lr: float | None = None,
+    force: bool = False,
 ) -> None:
     """Train all on every batch of the stream, fold the factor in, and store them.
 
-    Writes `train_log.jsonl` as it goes, and an SAE's directory is complete only when its provenance is there.
+    What was cut goes on from its checkpoints, bit for bit, and an SAE that is stored already is left as it is. SAEs
+    that have no checkpoint at the same step are trained one group after the other. An SAE's directory is complete only
+    when its provenance is there; then its checkpoints are gone.
 
     Args:
         trainees: SAEs in scaled space.
@@ -158,38 +180,221 @@ def train_saes(
         autocast: bfloat16 for the forward pass of the SAEs.
         device: Where SAEs and stream are.
         label: For the progress line.
+        checkpoint_every_min: Minutes, wall clock, between checkpoints; one is written as well when asked to stop.
+        retry_lr: Peak learning rate for those that go on from a checkpoint, from there on.
+        force: Train anew what was begun or stored under another identity, instead of refusing.
 
     Raises:
-        StudyError: A loss is not finite; nothing of that training is stored as an SAE.
+        Diverged: Losses of some SAEs exploded or were not finite.
+        StudyError: Memory did not suffice, files cannot be written, or belong to another training.
+        Stopped: Asked to stop; the checkpoints are written.
     """
+    todo = [_Training(trainee) for trainee in trainees]
+    todo = [training for training in todo if not training.is_stored(force)]
+    if not todo:
+        return
+    starts = common_starts([training.checkpoints for training in todo])
+    steps = [start.step if start else 0 for start in starts]
+    failed: list[_Training] = []
+    try:
+        for step in sorted(set(steps)):
+            group = [training for training, own in zip(todo, steps, strict=True) if own == step]
+            for training in group:
+                sae, start = training.trainee.sae, starts[todo.index(training)]
+                trainer = _trainer(sae, schedule, stream.n_batches, stream.batch_size, autocast, device)
+                training.begin(trainer, start, retry_lr)
+            with signals.deferred():
+                alive = _train_group(group, stream, step, label, checkpoint_every_min)
+                for training in alive:
+                    training.store(norm_scale, stream.n_batches, stream.batch_size)
+            failed += [training for training in group if training not in alive]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StudyError(
+            f"{label}: out of memory ({found}); checkpoints are kept",
+            "lower train.batch_size (finetune.batch_size), or put widths into studies of their own: fewer SAEs at once",
+        ) from error
+    if failed:
+        stored = "" if len(failed) == len(trainees) else "; the other SAEs are stored"
+        raise Diverged(
+            "\n".join(training.failure for training in failed) + stored,
+            f"--retry-lr {failed[0].peak_lr / 2:g} to go on from the checkpoint with a lower learning rate; where there"
+            " is none, lower train.lr, or leave out extreme activations (train.drop_norm_above: 10)",
+            [training.trainee.directory for training in failed],
+        )
+
+
+def discard_sae(directory: Path) -> None:
+    """Have an SAE trained anew, whatever is there: it counts no longer as stored, and its checkpoints go.
+
+    Args:
+        directory: `saes/<id>`.
+    """
+    (directory / PROVENANCE_FILE).unlink(missing_ok=True)
+    Checkpoints(directory, {}).remove_all()
+
+
+class _Training:
+    """One SAE while it is trained: its trainer, curve and checkpoints, and whether it blew up."""
+
+    trainer: SAETrainer[Any, Any]
+    output: TrainStepOutput
+
+    def __init__(self, trainee: Trainee) -> None:
+        self.trainee = trainee
+        self.name = trainee.directory.name
+        self.checkpoints = Checkpoints(trainee.directory, trainee.identity)
+        self.failure = ""
+        self._lr_changes: tuple[Mapping[str, float], ...] = ()
+        self._health: list[Tensor] = []  # loss and relative error of the steps not yet looked at
+
+    @property
+    def peak_lr(self) -> float:
+        return self.trainer.optimizer.param_groups[0]["initial_lr"]
+
+    def is_stored(self, force: bool) -> bool:
+        """Whether the SAE of this very training is there already."""
+        directory = self.trainee.directory
+        stored = read_json(directory / PROVENANCE_FILE).get("identity")
+        if force:
+            self.checkpoints.remove_other()
+        elif stored is not None:
+            self.checkpoints.refuse_other(stored, directory)
+        if stored != self.checkpoints.identity or not all(
+            (directory / f).exists() for f in (WEIGHTS_FILE, CONFIG_FILE)
+        ):
+            return False
+        logger.info("%s: trained already", self.name)
+        self.checkpoints.remove_all()
+        return True
+
+    def begin(self, trainer: SAETrainer[Any, Any], start: Checkpoint | None, retry_lr: float | None) -> None:
+        """Go on from a checkpoint, or start."""
+        self.trainer = trainer
+        directory = self.trainee.directory
+        (directory / PROVENANCE_FILE).unlink(missing_ok=True)
+        clear_scratch(directory)
+        self.checkpoints.tidy(start.step if start else 0)
+        if start is None:
+            self.curve = CurveLog(directory / LOG_FILE, 0)
+            return
+        retried = start if retry_lr is None else start.with_lr(retry_lr)
+        retried.restore(trainer)
+        self._lr_changes = retried.lr_changes
+        self.curve = CurveLog(directory / LOG_FILE, start.n_log_entries, is_new=retried is not start)
+        changed = f", with learning rate {self.peak_lr:g}" if self._lr_changes else ""
+        logger.info("%s: going on from the checkpoint of step %s%s", self.name, f"{start.step:,}", changed)
+
+    def step(self, batch: Float[Tensor, "tok d_model"], power: Float[Tensor, ""]) -> None:
+        self.output = _step(self.trainer, batch)
+        error = self.output.losses["mse_loss"].detach() / power
+        self._health.append(torch.stack([self.output.loss.detach().float(), error.float()]))
+
+    def is_sound(self, *, with_weights: bool) -> bool:
+        """Whether no step since the last call blew up, nor the weights if asked; else `failure` says which."""
+        done = self.trainer.n_training_steps
+        what, at = "", done - 1
+        if self._health:
+            losses, errors = torch.stack(self._health).cpu().T
+            bad = torch.nonzero(~torch.isfinite(losses) | (errors > EXPLODED)).flatten().tolist()
+            if bad and math.isfinite(losses[bad[0]]):
+                what = f"the MSE is {errors[bad[0]]:.3g} times the activations' mean squared norm"
+            elif bad:
+                what = f"the loss is {losses[bad[0]].item()}"
+            at = done - len(losses) + bad[0] if bad else at
+            self._health.clear()
+        if not what and with_weights and not is_finite(self.trainee.sae):
+            what = "the weights are no longer finite after the step"
+        if not what:
+            return True
+        steps = self.checkpoints.steps()
+        kept = f"its checkpoint of step {steps[0]:,} is kept" if steps else "it has no checkpoint yet"
+        self.failure = f"training {self.name}: {what} at batch {at}; nothing was stored of it, {kept}"
+        logger.error("%s", self.failure)
+        return False
+
+    def save(self) -> None:
+        self.curve.flush()
+        self.checkpoints.save(self.trainer, self.curve.n_entries, self._lr_changes)
+
+    def store(self, norm_scale: float, n_steps: int, batch_size: int) -> None:
+        """Fold and write the SAE; its checkpoints have served."""
+        self.curve.flush()
+        self.trainer.set_final_sae_metadata()
+        provenance = {
+            **self.trainee.provenance,
+            "tokens": n_steps * batch_size,
+            "steps": n_steps,
+            "lr_changes": list(self._lr_changes),
+            "identity": self.checkpoints.identity,
+        }
+        save_trained(self.trainee.sae, norm_scale, self.trainee.directory, provenance)
+        self.checkpoints.remove_all()
+
+
+def _train_group(
+    group: Sequence[_Training],
+    stream: ActivationStream,
+    start: int,
+    label: str,
+    checkpoint_every_min: float,
+) -> list[_Training]:
+    """Train SAEs that are at the same step to the end of the stream; those that did not blow up come back."""
     n_steps, batch_size = stream.n_batches, stream.batch_size
-    trainers = [_trainer(t.sae, schedule, n_steps, batch_size, autocast, device) for t in trainees]
-    every = max(1, n_steps // LOG_POINTS)
+    log_every = max(1, n_steps // LOG_POINTS)
     meter = Meter(label, n_steps * batch_size, "tokens")
-    started = time.monotonic()
-    pending: list[Float[Tensor, "sae"]] = []  # noqa: UP037
-    with ExitStack() as stack:
-        logs = [_open_log(stack, trainee.directory) for trainee in trainees]
-        for step, batch in enumerate(stream.batches()):
-            outputs = [_step(trainer, batch) for trainer in trainers]
-            pending.append(torch.stack([output.loss.detach() for output in outputs]))
-            if (step + 1) % every and step + 1 != n_steps:
-                continue
-            _refuse_if_not_finite(torch.stack(pending), step, [t.directory.name for t in trainees])
-            pending.clear()
-            done = (step + 1) * batch_size
-            rate = done / (time.monotonic() - started)
-            figures = [_figures(tr, out) for tr, out in zip(trainers, outputs, strict=True)]
-            for trainee, log, values in zip(trainees, logs, figures, strict=True):
-                entry = {"step": step + 1, "tokens": done, **values, "tokens_per_s": round(rate)}
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
-                trainee.on_log(trainee.directory.name, entry)
-            meter.update(done, _shown(figures))
-    for trainee, trainer in zip(trainees, trainers, strict=True):
-        trainer.set_final_sae_metadata()
-        provenance = {**trainee.provenance, "tokens": n_steps * batch_size, "steps": n_steps}
-        save_trained(trainee.sae, norm_scale, trainee.directory, provenance)
+    alive, step, saved_step, saved_at = list(group), start, start, time.monotonic()
+    try:
+        for batch in stream.batches(start):
+            signals.check()
+            power = batch.square().sum(-1).mean().clamp_min(torch.finfo(batch.dtype).tiny)
+            for training in alive:
+                training.step(batch, power)
+            step += 1
+            is_logged = step % log_every == 0 or step == n_steps
+            is_due = step < n_steps and time.monotonic() - saved_at >= 60 * checkpoint_every_min
+            if is_logged or is_due:  # looking waits for the device, so it is not done at every step
+                is_kept = is_due or step == n_steps
+                alive = [training for training in alive if training.is_sound(with_weights=is_kept)]
+            if not alive:
+                break
+            if is_logged:
+                figures = [_figures(training.trainer, training.output) for training in alive]
+                for training, values in zip(alive, figures, strict=True):
+                    entry = {"step": step, "tokens": step * batch_size, **values}
+                    if training.curve.add(entry):
+                        training.trainee.on_log(training.name, entry)
+                meter.update(step * batch_size, _shown(figures))
+            if is_due:
+                saved_step = step if _save(alive, label, step) else saved_step
+                saved_at = time.monotonic()
+    except signals.Stopped:
+        if step > saved_step:
+            _save([training for training in alive if training.is_sound(with_weights=True)], label, step)
+        raise
+    return alive
+
+
+def _save(alive: Sequence[_Training], label: str, step: int) -> bool:
+    """Checkpoint all or none; a disk that is full must not end a training that goes well."""
+    if not alive:
+        return False
+    try:
+        for training in alive:
+            training.save()
+    except StudyError as error:
+        for training in alive:
+            training.checkpoints.remove([step])
+        left = alive[0].checkpoints.steps()
+        newest = f"the newest is that of step {left[0]:,}" if left else "there is none yet"
+        logger.error("%s: no checkpoint at step %s, %s; %s", label, f"{step:,}", newest, error)
+        return False
+    for training in alive:
+        training.checkpoints.remove(training.checkpoints.steps()[KEPT:])
+    logger.info("%s: checkpoint at step %s", label, f"{step:,}")
+    return True
 
 
 def _trainer(
@@ -226,25 +431,6 @@ def _step(trainer: SAETrainer[Any, Any], batch: Float[Tensor, "tok d_model"]) ->
         sae.topk_threshold = sae.topk_threshold / sae.cfg.topk_threshold_lr
     trainer.n_training_steps += 1
     return output
-
-
-def _open_log(stack: ExitStack, directory: Path) -> TextIO:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        return stack.enter_context((directory / LOG_FILE).open("w", encoding="utf-8"))
-    except OSError as error:
-        raise StudyError(f"{directory}: cannot be written ({error})", "check permissions, or use --out DIR") from error
-
-
-def _refuse_if_not_finite(losses: Float[Tensor, "step sae"], step: int, names: Sequence[str]) -> None:
-    bad = torch.nonzero(~torch.isfinite(losses))
-    if len(bad):
-        row, which = bad[0].tolist()
-        at = step + 1 - len(losses) + row
-        raise StudyError(
-            f"training {names[which]}: the loss is {losses[row, which].item()} at batch {at}; nothing was stored",
-            "lower train.lr, or leave out extreme activations (train.drop_norm_above: 10)",
-        )
 
 
 def _figures(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str, float | None]:

@@ -1,7 +1,6 @@
 """Training: SAELens's own steps, folded at the end, refused when it blows up."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,52 +8,15 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from sae_transfer.errors import StudyError
-from sae_transfer.saes.training import Schedule, Trainee, new_sae, train_saes
-from tests.saes.saes import ARCHITECTURES, SPARSITY
-
-PROVENANCE = {"trained_on": "base", "sparsity_key": "k", "sparsity_value": 8, "seed": 0, "role": "trained"}
-
-
-class GivenStream:
-    """Batches of a low-rank signal, made from a seed."""
-
-    def __init__(self, n_batches: int = 60, batch_size: int = 64, spoil_at: int | None = None) -> None:
-        generator = torch.Generator().manual_seed(0)
-        codes = torch.randn(n_batches * batch_size, 6, generator=generator).relu()
-        data = codes @ torch.randn(6, 16, generator=generator)
-        self._data = data * 4 / data.norm(dim=-1).mean()
-        self.n_batches, self.batch_size, self._spoil_at = n_batches, batch_size, spoil_at
-
-    def batches(self, start: int = 0) -> Iterator[torch.Tensor]:
-        for n in range(start, self.n_batches):
-            batch = self._data[n * self.batch_size : (n + 1) * self.batch_size]
-            yield batch * float("nan") if n == self._spoil_at else batch
-
-
-def fresh(architecture: str, seed: int = 0, warmup: int = 0) -> Any:
-    key, value = SPARSITY[architecture]
-    return new_sae(
-        architecture,
-        d_in=16,
-        d_sae=64,
-        sparsity_key=key,
-        sparsity_value=value,
-        seed=seed,
-        sparsity_warmup_steps=warmup,
-        options={"apply_b_dec_to_input": False},
-        metadata={},
-        device="cpu",
-    )
-
-
-def train(trainees: list[Trainee], stream: Any, lr: float = 1e-2) -> None:
-    train_saes(trainees, stream, Schedule(lr, 0.0, 0.2), norm_scale=0.5, autocast=False, device="cpu", label="train")
+from sae_transfer.errors import StudyError, is_out_of_memory
+from sae_transfer.saes.training import Diverged
+from tests.saes.saes import ARCHITECTURES
+from tests.saes.trainings import ALWAYS, Cut, GivenStream, files_of, fresh, steps_of, train, trainee
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_lowers_the_loss_and_leaves_a_ready_sae(architecture: str, tmp_path: Path) -> None:
-    train([Trainee(tmp_path / architecture, fresh(architecture), PROVENANCE)], GivenStream())
+    train([trainee(tmp_path / architecture, architecture)], GivenStream())
     log = [json.loads(line) for line in (tmp_path / architecture / "train_log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
     assert log[-1]["explained_variance"] > 0.5
@@ -67,9 +29,9 @@ def test_training_lowers_the_loss_and_leaves_a_ready_sae(architecture: str, tmp_
 
 
 def test_several_saes_on_one_stream_are_those_trained_alone(tmp_path: Path) -> None:
-    train([Trainee(tmp_path / f"together-{a}", fresh(a), PROVENANCE) for a in ("standard", "topk")], GivenStream())
+    train([trainee(tmp_path / f"together-{a}", a) for a in ("standard", "topk")], GivenStream())
     for architecture in ("standard", "topk"):
-        train([Trainee(tmp_path / f"alone-{architecture}", fresh(architecture), PROVENANCE)], GivenStream())
+        train([trainee(tmp_path / f"alone-{architecture}", architecture)], GivenStream())
         together, alone = (SAE.load_from_disk(tmp_path / f"{how}-{architecture}") for how in ("together", "alone"))
         for name, tensor in alone.state_dict().items():
             assert torch.equal(together.state_dict()[name], tensor), name
@@ -93,7 +55,7 @@ def test_the_sparsity_coefficient_warms_up(architecture: str) -> None:
 
 
 def test_batchtopk_starts_its_threshold_at_the_first_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train([Trainee(tmp_path / "b", fresh("batchtopk"), PROVENANCE)], GivenStream())
+    train([trainee(tmp_path / "b", "batchtopk")], GivenStream())
     assert "60 steps are few for its threshold" in caplog.text
     sae = SAE.load_from_disk(tmp_path / "b")
     raw = torch.cat(list(GivenStream().batches(40))) / 0.5
@@ -101,7 +63,80 @@ def test_batchtopk_starts_its_threshold_at_the_first_batch(tmp_path: Path, caplo
     assert 4 < l0 < 16  # k is 8; from zero, the moving average would leave far more active
 
 
-def test_nan_stops_training_at_its_batch_and_stores_nothing(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="training nan: the loss is nan at batch 23; nothing was stored"):
-        train([Trainee(tmp_path / "nan", fresh("standard"), PROVENANCE)], GivenStream(spoil_at=23))
-    assert sorted(path.name for path in (tmp_path / "nan").iterdir()) == ["train_log.jsonl"]
+def log_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "train_log.jsonl").read_text().splitlines()]
+
+
+def test_a_blow_up_stops_that_sae_at_its_batch_and_no_other(tmp_path: Path) -> None:
+    blown = trainee(tmp_path / "blown", "standard")
+    with torch.no_grad():
+        blown.sae.W_dec[0, 0] = float("nan")
+    with pytest.raises(Diverged, match="training blown: the loss is nan at batch 0; nothing was stored") as caught:
+        train([blown, trainee(tmp_path / "sound", "standard")], GivenStream())
+    assert caught.value.directories == (tmp_path / "blown",) and "the other SAEs are stored" in str(caught.value)
+    train([trainee(tmp_path / "alone", "standard")], GivenStream())
+    for name in ("sae_weights.safetensors", "provenance.json", "train_log.jsonl"):
+        assert (tmp_path / "sound" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "blown").iterdir()) == ["train_log.jsonl"]
+
+
+def test_nan_in_the_middle_leaves_the_last_good_checkpoint_and_retries_from_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        Diverged, match=r"(?s)the loss is nan at batch 23; .* checkpoint of step (\d+) is kept.*--retry-lr 0.005"
+    ):
+        train([trainee(tmp_path / "sae", "standard")], GivenStream(spoil_at=23), every_min=ALWAYS)
+    assert steps_of(tmp_path / "sae") == [22, 23]
+    train([trainee(tmp_path / "sae", "standard")], GivenStream(), retry_lr=0.002)
+    provenance = json.loads((tmp_path / "sae" / "provenance.json").read_text())
+    assert provenance["lr_changes"] == [{"step": 23, "lr": 0.002}]
+    lrs = {entry["step"]: entry["lr"] for entry in log_of(tmp_path / "sae")}
+    assert list(lrs) == list(range(1, 61))
+    assert lrs[23] == 0.01 and lrs[24] == 0.002
+    # the decay keeps its shape: the last fifth of the steps, to zero
+    assert lrs[48] == pytest.approx(0.002) and lrs[54] == pytest.approx(0.001) and lrs[60] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_learning_rate_of_a_retry_holds_when_it_is_cut_itself(tmp_path: Path) -> None:
+    for name in ("through", "cut"):
+        with pytest.raises(Diverged):
+            train([trainee(tmp_path / name, "topk")], GivenStream(spoil_at=23), every_min=ALWAYS)
+    train([trainee(tmp_path / "through", "topk")], GivenStream(), retry_lr=0.002)
+    with pytest.raises(Cut):
+        train([trainee(tmp_path / "cut", "topk")], GivenStream(cut_at=40), retry_lr=0.002)  # no checkpoint of its own
+    with pytest.raises(Cut):
+        train([trainee(tmp_path / "cut", "topk")], GivenStream(cut_at=50), retry_lr=0.002, every_min=ALWAYS)
+    train([trainee(tmp_path / "cut", "topk")], GivenStream())
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "through")
+
+
+def test_an_explosion_is_told_from_learning(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"the MSE is [\d.e+]+ times the activations' mean squared norm at batch"):
+        train([trainee(tmp_path / "sae", "standard")], GivenStream(), lr=1.0, every_min=ALWAYS)
+    kept = steps_of(tmp_path / "sae")
+    assert kept and not (tmp_path / "sae" / "provenance.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_says_what_to_lower_and_keeps_checkpoints(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"(?s)out of memory .*\n.*lower train.batch_size .* fewer SAEs at once"):
+        train([trainee(tmp_path / "sae", "standard")], GivenStream(fail_at=(20, error)), every_min=ALWAYS)
+    assert steps_of(tmp_path / "sae") == [19, 20]
+
+
+def test_memory_that_is_really_short_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_other_errors_are_not_taken_for_short_memory(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        train([trainee(tmp_path / "sae", "standard")], GivenStream(fail_at=(20, RuntimeError("a bug"))))

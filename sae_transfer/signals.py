@@ -1,0 +1,110 @@
+"""Asked to stop (SIGTERM, SIGUSR2, Ctrl-C): at once where every file is written whole, between two steps in training.
+
+The handlers are installed by the command line; without them nothing here does anything.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130
+STOPPING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+PARENT_VARIABLE = "SAE_TRANSFER_PARENT"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Stopped(BaseException):
+    """The process was asked to stop. Like KeyboardInterrupt it is no error, and nothing that catches errors holds it.
+
+    Attributes:
+        signal: Which signal asked.
+        exit_code: 130 after Ctrl-C, else 75: run again, it goes on.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED
+        super().__init__("interrupted" if number == signal.SIGINT else f"stopped by {self.signal.name}")
+
+
+@dataclass
+class _State:
+    asked: int | None = None  # the first signal that asked
+    n_deferring: int = 0  # threads that train
+    is_raised: bool = False
+    n_interrupts: int = 0
+
+
+_state = _State()
+_counting = threading.Lock()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Handle the signals that ask to stop while the block runs; in the main thread."""
+    global _state
+    _state = _State()
+    before = {number: signal.signal(number, _handle) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _state = _State()
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """While the block runs, a signal is only noted, and `check` raises it; at the latest when the block ends well.
+
+    Several threads may do so at once: each is stopped at its own next check.
+    """
+    with _counting:
+        _state.n_deferring += 1
+    try:
+        yield
+    finally:
+        with _counting:
+            _state.n_deferring -= 1
+    check()
+
+
+def check() -> None:
+    """Raise `Stopped` if the process was asked to stop."""
+    if _state.asked is not None:
+        _state.is_raised = True  # what is cleaned up on the way out is not stopped by a second signal
+        raise Stopped(_state.asked)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel (Linux) for SIGTERM when the parent dies, if a sae-transfer process started this one and said so.
+
+    The kernel counts the thread that started this process as its parent: it has to live as long as the process.
+
+    Raises:
+        Stopped: The parent is gone already.
+    """
+    parent = os.environ.pop(PARENT_VARIABLE, None)  # it is about this process, not about those that it starts
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):
+        raise Stopped(signal.SIGTERM)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT:
+        _state.n_interrupts += 1
+        if _state.n_interrupts > 1:
+            raise KeyboardInterrupt
+    if _state.asked is None:
+        _state.asked = number
+    if not _state.n_deferring and not _state.is_raised:
+        check()

@@ -1,0 +1,116 @@
+"""Asked to stop: at once or at the next check, told apart by its signal; and no child outlives its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sae_transfer import signals
+
+
+def ask(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    time.sleep(0.01)  # Python runs handlers between two of its instructions
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
+def test_a_signal_stops_at_once_with_its_exit_code(number: int, code: int) -> None:
+    with signals.installed(), pytest.raises(signals.Stopped) as stop:
+        ask(number)
+    assert stop.value.exit_code == code and stop.value.signal == number
+
+
+def test_in_training_a_signal_waits_for_the_next_check_and_the_first_one_counts() -> None:
+    passed = []
+
+    def training() -> None:
+        with signals.deferred():
+            signals.check()
+            ask(signal.SIGTERM, signal.SIGUSR2)
+            passed.append("step")
+            signals.check()
+            passed.append("step after the check")
+
+    with signals.installed(), pytest.raises(signals.Stopped, match="SIGTERM"):
+        training()
+    assert passed == ["step"]
+
+
+def test_a_signal_after_the_last_check_is_raised_when_training_is_over() -> None:
+    passed = []
+
+    def stages() -> None:
+        with signals.deferred():
+            ask(signal.SIGTERM)
+            passed.append("stored")
+        passed.append("next stage")
+
+    with signals.installed(), pytest.raises(signals.Stopped):
+        stages()
+    assert passed == ["stored"]
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    with signals.installed(), pytest.raises(KeyboardInterrupt), signals.deferred():
+        ask(signal.SIGINT, signal.SIGINT)
+
+
+def test_what_is_cleaned_up_after_a_stop_is_not_stopped_again() -> None:
+    cleaned = []
+
+    def stage() -> None:
+        try:
+            ask(signal.SIGTERM)
+        finally:
+            ask(signal.SIGTERM)
+            cleaned.append(True)
+
+    with signals.installed(), pytest.raises(signals.Stopped):
+        stage()
+    assert cleaned
+
+
+def test_handlers_are_those_of_before_afterwards() -> None:
+    before = [signal.getsignal(number) for number in signals.STOPPING]
+    with signals.installed():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in signals.STOPPING] == before
+
+
+CHILD = """
+import sys, time
+from sae_transfer import signals
+try:
+    with signals.installed():
+        signals.end_with_parent()
+        print("started", flush=True)
+        time.sleep(60)
+except signals.Stopped as stop:
+    print(stop, flush=True)
+"""
+PARENT = """
+import os, subprocess, sys, time
+environment = {**os.environ, "SAE_TRANSFER_PARENT": str(os.getpid())}
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=environment)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells a child that its parent died")
+def test_a_child_ends_when_its_parent_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "started\n"
+    parent.kill()
+    parent.wait()
+    assert parent.stdout.read() == "stopped by SIGTERM\n"  # to the end of the pipe: the child is gone
+
+
+def test_a_child_whose_parent_is_gone_already_does_not_start() -> None:
+    environment = {**os.environ, signals.PARENT_VARIABLE: "1234567"}
+    child = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=True)
+    assert child.stdout == "stopped by SIGTERM\n"
