@@ -4,18 +4,17 @@ The language model is most of the cost of training, so SAEs of several studies w
 are trained on one pass, each in its own study's run directory.
 """
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
+from sae_transfer import signals
 from sae_transfer.errors import StudyError
 from sae_transfer.saes.stream import ActivationStream
-from sae_transfer.saes.training import Trainee, train_saes
-
-logger = logging.getLogger(__name__)
+from sae_transfer.saes.training import Diverged, Trainee, is_trained, train_saes
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Pass:
         settings: All that batches and steps depend on besides the SAEs, labelled; studies share a pass when these are
             equal.
         open_stream: Device -> the stream; loads the language model.
-        trainees: Device -> SAEs, in scaled space.
+        trainees: Device -> SAEs, in scaled space; the settings of the pass are added to their identities.
         options: Further arguments of `train_saes`.
     """
 
@@ -45,14 +44,12 @@ class Task:
     Attributes:
         where: The run directory, for messages.
         is_due: Whether it has to be done; refuses changed inputs, and forgets the old record.
-        is_complete: Whether all SAEs of it are stored.
         finish: Writes the stage's record, told how many seconds it took.
-        passes: In order; evaluated when the task is due.
+        passes: In order; asked for when the task is due.
     """
 
     where: str
     is_due: Callable[[], bool]
-    is_complete: Callable[[], bool]
     finish: Callable[[float], None]
     passes: Callable[[], Sequence[Pass]]
 
@@ -76,15 +73,29 @@ def carry_out(tasks: Sequence[Task], device: str) -> None:
     plans = [task.passes() for task in due]
     for task, passes in zip(due[1:], plans[1:], strict=True):
         _refuse_if_different(due[0].where, plans[0], task.where, passes)
-    try:
-        for shared in zip(*plans, strict=True):
-            stream = shared[0].open_stream(device)
-            trainees = [trainee for own in shared for trainee in own.trainees(device)]
-            train_saes(trainees, stream, device=device, label=shared[0].label, **shared[0].options)
-    finally:
-        for task in due:
-            if task.is_complete():
-                task.finish(time.monotonic() - started)
+    missing = [0] * len(due)
+    failure: Diverged | None = None
+    for shared in zip(*plans, strict=True):
+        trainees = [[_of_pass(trainee, own) for trainee in own.trainees(device)] for own in shared]
+        try:
+            together = list(chain.from_iterable(trainees))
+            train_saes(
+                together, shared[0].open_stream(device), device=device, label=shared[0].label, **shared[0].options
+            )
+        except Diverged as diverged:  # the other passes do not depend on it
+            failure = failure or diverged
+        for index, own in enumerate(trainees):
+            missing[index] += sum(not is_trained(trainee.directory, trainee.identity) for trainee in own)
+    for task, n_missing in zip(due, missing, strict=True):
+        if not n_missing:
+            task.finish(time.monotonic() - started)
+    if failure:
+        raise failure
+
+
+def _of_pass(trainee: Trainee, own: Pass) -> Trainee:
+    """The trainee, its identity completed by what the pass depends on."""
+    return replace(trainee, identity={**own.settings, **trainee.identity})
 
 
 def carry_out_at_once(task_lists: Sequence[Sequence[Task]], devices: Sequence[str]) -> None:
@@ -99,7 +110,7 @@ def carry_out_at_once(task_lists: Sequence[Sequence[Task]], devices: Sequence[st
     Raises:
         StudyError: As `carry_out`; the first one, when all have ended.
     """
-    with ThreadPoolExecutor(len(devices)) as pool:
+    with signals.deferred(), ThreadPoolExecutor(len(devices)) as pool:
         futures = [pool.submit(carry_out, tasks, device) for tasks, device in zip(task_lists, devices, strict=True)]
     for future in futures:
         future.result()

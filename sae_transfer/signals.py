@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130
@@ -30,19 +30,19 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
         self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED
-        super().__init__("interrupted" if number == signal.SIGINT else f"stopped by {self.signal.name}")
+        super().__init__(f"stopped by {self.signal.name}")
 
 
 @dataclass
 class _State:
     asked: int | None = None  # the first signal that asked
-    n_deferring: int = 0  # threads that train
-    is_raised: bool = False
+    n_deferring: int = 0  # blocks that have put it off
+    told: set[int] = field(default_factory=set)  # threads in which it was raised
     n_interrupts: int = 0
 
 
 _state = _State()
-_counting = threading.Lock()
+_counting = threading.Lock()  # trainings run in threads of their own
 
 
 @contextmanager
@@ -61,10 +61,7 @@ def installed() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """While the block runs, a signal is only noted, and `check` raises it; at the latest when the block ends well.
-
-    Several threads may do so at once: each is stopped at its own next check.
-    """
+    """While the block runs, a signal is only noted, and `check` raises it; at the latest when the block ends well."""
     with _counting:
         _state.n_deferring += 1
     try:
@@ -76,9 +73,10 @@ def deferred() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise `Stopped` if the process was asked to stop."""
-    if _state.asked is not None:
-        _state.is_raised = True  # what is cleaned up on the way out is not stopped by a second signal
+    """Raise `Stopped`, once in a thread, if the process was asked to stop."""
+    thread = threading.get_ident()
+    if _state.asked is not None and thread not in _state.told:
+        _state.told.add(thread)
         raise Stopped(_state.asked)
 
 
@@ -106,5 +104,5 @@ def _handle(number: int, frame: FrameType | None) -> None:
             raise KeyboardInterrupt
     if _state.asked is None:
         _state.asked = number
-    if not _state.n_deferring and not _state.is_raised:
+    if not _state.n_deferring:
         check()

@@ -32,15 +32,7 @@ from sae_transfer.models.splice import open_splicer
 from sae_transfer.models.tokens import TokenSet, build_token_set, load_token_set
 from sae_transfer.progress import Meter
 from sae_transfer.saes.sources import fetch, recorded_identity, same_model
-from sae_transfer.saes.store import (
-    CONFIG_FILE,
-    PROVENANCE_FILE,
-    WEIGHTS_FILE,
-    StoredSAE,
-    check_fits,
-    load_external,
-    load_own,
-)
+from sae_transfer.saes.store import CONFIG_FILE, WEIGHTS_FILE, StoredSAE, check_fits, load_external, load_own
 from sae_transfer.saes.stream import ActivationStream, measure_norm_scale
 from sae_transfer.saes.training import Schedule, Trainee, continued_sae, discard_sae, new_sae
 from sae_transfer.shared_training import Pass, Task, carry_out, carry_out_at_once
@@ -184,11 +176,9 @@ class Stages:
             n_batches = settings.tokens // settings.batch_size
             warmup = round(settings.l1_warmup * n_batches)
 
-            depends_on = {label: value for label, value in inputs().items() if label != "saes"}
-
             def trainees(device: str) -> list[Trainee]:
                 return [
-                    self._trainee(side, "trained", spec, self._fresh(side, spec, warmup, device), None, depends_on)
+                    self._trainee(side, "trained", spec, self._fresh(side, spec, warmup, device), None)
                     for spec in specs
                 ]
 
@@ -224,17 +214,13 @@ class Stages:
             }
 
         def trainees(budget: int, device: str) -> Iterator[Trainee]:
-            depends_on = {label: value for label, value in inputs().items() if label != "parents"}
-            depends_on["finetune"] = {**finetune.model_dump(mode="json", exclude={"control"}), "tokens": budget}
             for spec, parent in parents.items():
                 # the coefficient as in training, without its warm-up
                 sae = continued_sae(parent, self._fresh("chat", spec, 0, device))
-                of_parent = {**depends_on, "parent": file_digest(parent / WEIGHTS_FILE)}
-                yield self._trainee("finetuned", "finetuned", spec, sae, budget, of_parent)
+                yield self._trainee("finetuned", "finetuned", spec, sae, budget, file_digest(parent / WEIGHTS_FILE))
                 if finetune.control:
                     warmup = round(study.train.l1_warmup * (budget // finetune.batch_size))
-                    fresh = self._fresh("chat", spec, warmup, device)
-                    yield self._trainee("chat", "control", spec, fresh, budget, depends_on)
+                    yield self._trainee("chat", "control", spec, self._fresh("chat", spec, warmup, device), budget)
 
         def passes() -> list[Pass]:
             self._make_rollouts_to_read(finetune)
@@ -271,7 +257,6 @@ class Stages:
         return Task(
             where=str(self._run.root),
             is_due=lambda: self._is_due(name, inputs(), verb=verb, outputs=outputs, discard=discard_sae),
-            is_complete=lambda: all(path.exists() and path.with_name(PROVENANCE_FILE).exists() for path in outputs),
             finish=lambda seconds: self._finish(name, inputs(), seconds),
             passes=passes,
         )
@@ -295,6 +280,7 @@ class Stages:
                 "batches": n_batches,
                 "tokens.seed": study.tokens.seed,
                 "train.drop_norm_above": study.train.drop_norm_above,
+                "train.l1_warmup": study.train.l1_warmup,
                 "schedule": astuple(schedule),
                 "norm scale": scale,
                 "dtype": [self._training_dtype, self._autocast],
@@ -675,20 +661,9 @@ class Stages:
         )
 
     def _trainee(
-        self,
-        trained_on: str,
-        role: str,
-        spec: SAESpec,
-        sae: Any,
-        budget: int | None,
-        depends_on: Mapping[str, Any],
+        self, trained_on: str, role: str, spec: SAESpec, sae: Any, budget: int | None, parent: str | None = None
     ) -> Trainee:
-        identity = {
-            **depends_on,
-            "role": role,
-            "SAE": [spec.name, spec.options],
-            "tokens.seed": self._study.tokens.seed,  # of the stream's shuffling, also of given token ids
-        }
+        identity = {"role": role, "SAE": [spec.name, spec.options], "parent": parent}
         provenance = {
             "trained_on": trained_on,
             "role": role,

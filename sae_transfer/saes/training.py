@@ -226,6 +226,18 @@ def train_saes(
         )
 
 
+def is_trained(directory: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether an SAE of this very training is stored.
+
+    Args:
+        directory: `saes/<id>`.
+        identity: As in `Trainee`.
+    """
+    stored = read_json(directory / PROVENANCE_FILE).get("identity")
+    files = (directory / WEIGHTS_FILE, directory / CONFIG_FILE)
+    return stored == Checkpoints(directory, identity).identity and all(file.exists() for file in files)
+
+
 def discard_sae(directory: Path) -> None:
     """Have an SAE trained anew, whatever is there: it counts no longer as stored, and its checkpoints go.
 
@@ -262,9 +274,7 @@ class _Training:
             self.checkpoints.remove_other()
         elif stored is not None:
             self.checkpoints.refuse_other(stored, directory)
-        if stored != self.checkpoints.identity or not all(
-            (directory / f).exists() for f in (WEIGHTS_FILE, CONFIG_FILE)
-        ):
+        if not is_trained(directory, self.trainee.identity):
             return False
         logger.info("%s: trained already", self.name)
         self.checkpoints.remove_all()

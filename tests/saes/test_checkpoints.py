@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,7 @@ def test_every_entry_of_the_curve_is_told_once_over_all_processes(tmp_path: Path
 
     def part(stream: GivenStream, every_min: float = NEVER) -> None:
         tell = lambda _, entry: told.append(entry["step"])  # noqa: E731
-        train([trainee(tmp_path / "sae", "topk")], stream, every_min=every_min, on_log=tell)
+        train([replace(trainee(tmp_path / "sae", "topk"), on_log=tell)], stream, every_min=every_min)
 
     for at, every_min in ((10, ALWAYS), (25, NEVER), (40, NEVER)):  # the second and third leave no checkpoint
         with pytest.raises(Cut):
