@@ -102,7 +102,9 @@ def save_trained(sae: TrainingSAE[Any], scale: float, directory: Path, provenanc
     sae.fold_activation_norm_scaling_factor(scale)
     with replacing(directory / WEIGHTS_FILE) as weights, replacing(directory / CONFIG_FILE) as config:
         sae.save_inference_model(weights.parent)
-        (weights.parent / CONFIG_FILE).rename(config)
+        # SAELens writes the keys in an order that differs from process to process
+        written = json.loads((weights.parent / CONFIG_FILE).read_text(encoding="utf-8"))
+        config.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_json(directory / PROVENANCE_FILE, {**provenance, "sae_scale": scale})
 
 

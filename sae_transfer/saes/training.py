@@ -319,6 +319,8 @@ class _Training:
             what = "the weights are no longer finite after the step"
         if not what:
             return True
+        # a checkpoint that no good batch followed is not known to be good
+        self.checkpoints.remove([step for step in self.checkpoints.steps() if step >= at])
         steps = self.checkpoints.steps()
         kept = f"its checkpoint of step {steps[0]:,} is kept" if steps else "it has no checkpoint yet"
         self.failure = f"training {self.name}: {what} at batch {at}; nothing was stored of it, {kept}"

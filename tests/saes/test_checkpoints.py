@@ -173,8 +173,8 @@ def test_every_entry_of_the_curve_is_told_once_over_all_processes(tmp_path: Path
     told: list[int] = []
 
     def part(stream: GivenStream, every_min: float = NEVER) -> None:
-        tell = lambda _, entry: told.append(entry["step"])  # noqa: E731
-        train([replace(trainee(tmp_path / "sae", "topk"), on_log=tell)], stream, every_min=every_min)
+        told_of = replace(trainee(tmp_path / "sae", "topk"), on_log=lambda _, entry: told.append(entry["step"]))
+        train([told_of], stream, every_min=every_min)
 
     for at, every_min in ((10, ALWAYS), (25, NEVER), (40, NEVER)):  # the second and third leave no checkpoint
         with pytest.raises(Cut):
