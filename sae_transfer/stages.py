@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -27,8 +28,15 @@ from sae_transfer.analysis.site import OneModelAtATime
 from sae_transfer.config import ExternalSAE, Finetune, Instruct, SAESpec, Study, require_saes, study_hash
 from sae_transfer.errors import StudyError
 from sae_transfer.models.conversations import chat_sequences
-from sae_transfer.models.pair import TOKENIZER_FILES, Checkpoint, has_tokenizer, load_model, load_tokenizer
-from sae_transfer.models.splice import open_splicer
+from sae_transfer.models.pair import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    has_tokenizer,
+    layers_to,
+    load_model,
+    load_tokenizer,
+)
+from sae_transfer.models.splice import Splicer, open_splicer
 from sae_transfer.models.tokens import TokenSet, build_token_set, load_token_set
 from sae_transfer.progress import Meter
 from sae_transfer.saes.sources import fetch, recorded_identity, same_model
@@ -88,6 +96,7 @@ class Stages:
         self._study, self._run, self._force, self._redo, self._retry_lr = study, run, force, redo, retry_lr
         self._checkpoints, self._fingerprints, self._device = checkpoints, fingerprints, device
         self._tracker, self._found = tracker, found
+        self._agreement: dict[str, Any] = {}  # of each model's splicer for training with TransformerLens
         on_gpu = device.startswith("cuda")
         asked = study.pair.dtype
         self._training_dtype = ("bfloat16" if on_gpu else "float32") if asked == "auto" else asked
@@ -123,6 +132,7 @@ class Stages:
 
     def share(self, leader: "Stages") -> None:
         """Take over the token set and the norm scales of another study's run, where they would be made the same."""
+        self._agreement = leader._agreement  # that of the streams, which are the leader's
         with self._run.exclusively():
             if self._token_inputs() == leader._token_inputs():
                 source = leader._run.root / "tokens"
@@ -530,7 +540,9 @@ class Stages:
     def _finish(self, name: str, inputs: Mapping[str, Any], seconds: float) -> None:
         self._run.finish(name, inputs, seconds)
         # tokens are made before any model has been seen to be sound
-        self._run.update_manifest(**self._provenance(), **({} if name == "tokens" else self._found))
+        self._run.update_manifest(
+            **self._provenance(), **({} if name == "tokens" else self._found), site_agreement=self._agreement
+        )
         logger.info("%s: done in %.0f s", name, seconds)
 
     def _require(self, stage: str, problem: str, verb: str) -> None:
@@ -592,8 +604,7 @@ class Stages:
             sequences = self._token_set.training[: -(-self._n_scale_tokens // self._token_set.context_size)]
             for side, checkpoint in self._checkpoints.items():
                 logger.info("norm scale of %s: measuring on %s tokens", side, f"{sequences.size:,}")
-                model = load_model(checkpoint, dtype=self._training_dtype, device=self._device)
-                splicer = open_splicer(model, study.site.hook_name, checkpoint)
+                splicer = self._splicer_for_training(side, self._device)
                 scales[side] = measure_norm_scale(splicer, sequences, checkpoint.d_model, self._device)
             self._write_scales(scales, f"the first {sequences.size} training tokens")
 
@@ -615,22 +626,33 @@ class Stages:
             "dtype": self._training_dtype,
         }
 
+    def _splicer_for_training(self, side: str, device: str) -> Splicer:
+        """One model as far as the site; the manifest will say how it is cut there, and how exactly."""
+        checkpoint, hook_name = self._checkpoints[side], self._study.site.hook_name
+        layers = layers_to(hook_name, checkpoint.n_layers)
+        with _LOADING:
+            model = load_model(checkpoint, dtype=self._training_dtype, device=device, layers=layers)
+            splicer = open_splicer(model, hook_name, checkpoint)
+        difference = splicer.difference
+        self._agreement[side] = {
+            "path": "restart" if splicer.restarts else "whole passes",
+            "dtype": self._training_dtype,
+            "difference": difference if difference is not None and math.isfinite(difference) else None,
+        }
+        return splicer
+
     def _write_scales(self, scales: Mapping[str, float], source: str) -> None:
         write_json(self._run.root / "scales.json", {**scales, "measured_on": source})
 
     def _stream(
         self, side: str, batch_size: int, n_batches: int, finetune: Finetune | None, device: str
     ) -> ActivationStream:
-        checkpoint = self._checkpoints[side]
         sequences, positions = self._sequences(finetune)
-        with _LOADING:
-            model = load_model(checkpoint, dtype=self._training_dtype, device=device)
-            splicer = open_splicer(model, self._study.site.hook_name, checkpoint)
         return ActivationStream(
-            splicer,
+            self._splicer_for_training(side, device),
             sequences,
             positions=positions,
-            d_model=checkpoint.d_model,
+            d_model=self._checkpoints[side].d_model,
             norm_scale=self._norm_scales()[side],
             batch_size=batch_size,
             n_batches=n_batches,

@@ -286,13 +286,18 @@ class RunDirectory:
         return self.root / "stages" / f"{stage}.json"
 
     def update_manifest(self, **entries: Any) -> None:
-        """Merge entries into manifest.json; versions, hardware and command are those of the present process."""
+        """Merge entries into manifest.json, mappings into the mappings there.
+
+        Versions, hardware and command are those of the present process.
+        """
         path = self.root / "manifest.json"
         with self.exclusively():
             manifest = read_json(path)
             manifest.update(_surroundings())
             manifest.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
-            manifest.update(entries)
+            for key, value in entries.items():
+                there = manifest.get(key)
+                manifest[key] = {**there, **value} if isinstance(there, dict) and isinstance(value, Mapping) else value
             write_json(path, manifest)
 
 

@@ -74,6 +74,10 @@ def test_a_run_writes_what_the_design_lists(finished: Path) -> None:
         assert files == {"sae_weights.safetensors", "cfg.json", "provenance.json", "train_log.jsonl"}
     manifest = json.loads((finished / "manifest.json").read_text())
     assert {"packages", "git", "hardware", "models", "token_set", "seeds", "command", "study_hash"} <= set(manifest)
+    for side in ("base", "chat"):
+        agreement = manifest["site_agreement"][side]
+        assert (agreement["path"], agreement["dtype"]) == ("restart", "float32")
+        assert 0 <= agreement["difference"] < 1e-5
     assert not list(finished.rglob(".activations*"))
 
 

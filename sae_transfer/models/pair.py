@@ -223,6 +223,16 @@ def parse_hook(hook_name: str, n_layers: int) -> tuple[int, str]:
     return layer, match[2]
 
 
+def layers_to(hook_name: str, n_layers: int) -> int:
+    """How many decoder layers run before the site is reached; a model of so many has the site as its last value.
+
+    Raises:
+        StudyError: The layer is beyond the model.
+    """
+    layer, kind = parse_hook(hook_name, n_layers)
+    return layer if kind == "resid_pre" else layer + 1
+
+
 def resolve_pair(
     sources: tuple[str, str], revisions: tuple[str | None, str | None], hook_name: str, *, weights: bool = True
 ) -> tuple[dict[str, Checkpoint], list[str]]:
@@ -246,13 +256,15 @@ def resolve_pair(
     return {"base": base, "chat": chat}, notes
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: str, device: str) -> Any:
+def load_model(checkpoint: Checkpoint, *, dtype: str, device: str, layers: int | None = None) -> Any:
     """Load one side as a Hugging Face causal language model, without any weight processing.
 
     Args:
         checkpoint: Where it is.
         dtype: `float32` or `bfloat16`.
         device: A torch device.
+        layers: Take only so many decoder layers, from the first; the weights of the others are not read, and the
+            logits of such a model mean nothing. None takes all.
 
     Returns:
         The `PreTrainedModel`, in eval mode, its parameters frozen, attention by SDPA where the class has it.
@@ -262,19 +274,31 @@ def load_model(checkpoint: Checkpoint, *, dtype: str, device: str) -> Any:
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # ours is drawn instead
+    verbosity = transformers_logging.get_verbosity()
     try:
+        # it reports keys that are left over or missing: the first are meant, the second are refused below
+        transformers_logging.set_verbosity_error()
+        config: Any = AutoConfig.from_pretrained(checkpoint.directory)
+        if layers is not None:
+            _cut(config.get_text_config(), layers)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            checkpoint.directory,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise StudyError(
             f"{checkpoint.source}: cannot be loaded from {checkpoint.directory} ({type(error).__name__}: {error})",
             "a truncated file is the usual cause: fetch or copy the checkpoint again",
         ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     model, info = loaded
     # transformers fills what is missing with random numbers and only warns
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -284,3 +308,12 @@ def load_model(checkpoint: Checkpoint, *, dtype: str, device: str) -> Any:
             "fetch or copy the checkpoint again",
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def _cut(config: Any, layers: int) -> None:
+    """Make a model's configuration one of fewer layers, and so its lists that say something of each layer."""
+    n_layers = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == n_layers and name.endswith(("layers", "types")):
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers

@@ -6,6 +6,7 @@ site; `BridgeSplicer` is TransformerLens's reference, which knows every hook poi
 """
 
 import copy
+import gc
 import logging
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_transfer.errors import StudyError
-from sae_transfer.models.pair import Checkpoint, parse_hook
+from sae_transfer.models.pair import Checkpoint, layers_to, parse_hook
 
 logger = logging.getLogger(__name__)
 
+END_OF_LAYERS = "ln_final.hook_in"  # TransformerLens's hook point
 # Relative to the largest value compared; float32 rounding through a few layers is a tenth of this.
 AGREEMENT_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
 
@@ -30,11 +32,14 @@ class Splicer(Protocol):
         restarts: Whether `run_on` starts at the site, so that only the layers above it run.
         is_residual: Whether everything above the site sees only what passes through it (a residual-stream site).
         head: From the last hidden states to next-token quantities.
+        difference: How far the restart is from TransformerLens, as `disagreement` says it, also where it was too far
+            and is not used; None where there is none to compare.
     """
 
     restarts: bool
     is_residual: bool
     head: "Head"
+    difference: float | None
 
     def run_to(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """The activations at the site."""
@@ -82,6 +87,7 @@ class LayerSplicer:
 
     restarts = True
     is_residual = True
+    difference: float | None = None
 
     def __init__(self, model: Any, layer: int) -> None:
         """Cut a model.
@@ -155,6 +161,7 @@ class BridgeSplicer:
     """TransformerLens's `TransformerBridge`: every hook point, one whole pass for each edit."""
 
     restarts = False
+    difference: float | None = None
 
     def __init__(self, model: Any, hook_name: str, directory: Path) -> None:
         """Wrap a Hugging Face model and see whether the hook point exists.
@@ -170,7 +177,7 @@ class BridgeSplicer:
         from transformer_lens.model_bridge import TransformerBridge
 
         self.head = Head(model)
-        self.is_residual = "resid" in hook_name
+        self.is_residual = "resid" in hook_name or hook_name == END_OF_LAYERS
         self._hook_name = hook_name
         # The bridge rebuilds the modules that it is given: it gets a copy of them around the same weights.
         weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -196,10 +203,17 @@ class BridgeSplicer:
             )
 
     def _capture(self, tokens: Int[Tensor, "batch pos"]) -> Tensor | None:
+        """The activations at the site; nothing above it runs. None where the hook never fires."""
+        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
         seen: list[Tensor] = []
-        hooks = [(self._hook_name, lambda acts, hook: seen.append(acts.clone()))]
+
+        def take(acts: Tensor, hook: Any) -> None:
+            seen.append(acts)
+            raise StopAtLayerException(acts)  # which `run_with_hooks` takes for the end of the pass
+
         with torch.inference_mode():
-            self._bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+            self._bridge.run_with_hooks(tokens, fwd_hooks=[(self._hook_name, take)])
         return seen[0] if seen else None
 
     def run_to(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
@@ -252,35 +266,41 @@ def open_splicer(model: Any, hook_name: str, checkpoint: Checkpoint) -> Splicer:
     on from an edited residual; else, and for every other hook point, whole passes of TransformerLens.
 
     Args:
-        model: A loaded Hugging Face causal language model.
+        model: A loaded Hugging Face causal language model; it may lack the layers above the site, and is then good for
+            `run_to` alone.
         hook_name: For example `blocks.13.hook_resid_pre`.
         checkpoint: Where it was loaded from.
 
     Returns:
-        The splicer.
+        The splicer, which says how far the two are from each other.
 
     Raises:
         StudyError: The layer is beyond the model, or the architecture lacks the hook point.
     """
-    layer, kind = parse_hook(hook_name, model.config.get_text_config().num_hidden_layers)
-    reference = BridgeSplicer(model, hook_name, checkpoint.directory)
+    layers = layers_to(hook_name, checkpoint.n_layers)
+    layer, kind = parse_hook(hook_name, checkpoint.n_layers)
+    is_cut_off = layer == model.config.get_text_config().num_hidden_layers  # no layer left that would have the hook
+    reference = BridgeSplicer(model, END_OF_LAYERS if is_cut_off else hook_name, checkpoint.directory)
     if kind not in ("resid_pre", "resid_post"):
+        logger.info("%s: whole passes of TransformerLens give %s", checkpoint.source, hook_name)
         return reference
     try:
-        fast = LayerSplicer(model, layer if kind == "resid_pre" else layer + 1)
-        difference = disagreement(fast, reference, model)
+        fast = LayerSplicer(model, layers)
+        fast.difference = reference.difference = disagreement(fast, reference, model)
     except (AttributeError, StopIteration, TypeError) as error:
         logger.warning("%s: no restart for %s (%s); whole passes", checkpoint.source, type(model).__name__, error)
         return reference
-    if not difference <= AGREEMENT_TOLERANCE[model.dtype]:
+    if not fast.difference <= AGREEMENT_TOLERANCE[model.dtype]:
         logger.warning(
             "%s: restarting at %s differs from TransformerLens by %.1e (relative); whole passes instead",
             checkpoint.source,
             hook_name,
-            difference,
+            fast.difference,
         )
         return reference
-    logger.debug("%s: restart agrees with TransformerLens to %.1e (relative)", checkpoint.source, difference)
+    logger.info("%s: restart agrees with TransformerLens to %.1e (relative)", checkpoint.source, fast.difference)
+    del reference
+    gc.collect()  # its modules refer to each other, and some architectures' copies of weights hang on them
     return fast
 
 
@@ -301,4 +321,5 @@ def disagreement(fast: Splicer, reference: Splicer, model: Any) -> float:
             for acts in (theirs, edited)
         ),
     ]
-    return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)
+    differences = [(a.float() - b.float()).abs().max() / b.float().abs().max() for a, b in pairs]
+    return torch.stack(differences).max().item()  # which is NaN when one of them is

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sae_transfer.errors import StudyError
-from sae_transfer.models.pair import check_agreement, fingerprint, load_model, load_tokenizer, resolve
+from sae_transfer.models.pair import check_agreement, fingerprint, layers_to, load_model, load_tokenizer, resolve
 from tests.checkpoints import make_checkpoint
 
 
@@ -72,6 +74,39 @@ def test_missing_weights_are_refused_not_filled_with_random_ones(tmp_path: Path,
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StudyError, match=r"1 weights are missing or of the wrong shape.*layers\.1\.mlp\.up_proj"):
         load_model(resolve(str(partial)), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_the_weights_of_layers_that_are_not_asked_for_need_not_be_there(tmp_path: Path, in_shards: bool) -> None:
+    whole = make_checkpoint(tmp_path / "whole", "llama", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    low = {key: value for key, value in model.state_dict().items() if "layers.2." not in key and "lm_head" not in key}
+    model.save_pretrained(tmp_path / "low", state_dict=low, max_shard_size="20KB" if in_shards else "1GB")
+    checkpoint = resolve(str(tmp_path / "low"))
+    assert (len(list(checkpoint.directory.glob("*.safetensors"))) > 1) == in_shards
+    cut = load_model(checkpoint, dtype="float32", device="cpu", layers=2)
+    assert cut.state_dict().keys() == {*low, "lm_head.weight"}
+    assert all(torch.equal(value, cut.state_dict()[key]) for key, value in low.items())
+    assert cut.lm_head.weight is cut.model.embed_tokens.weight
+    with pytest.raises(StudyError, match=r"9 weights are missing or of the wrong shape.*layers\.2\."):
+        load_model(checkpoint, dtype="float32", device="cpu")
+
+
+def test_a_missing_weight_below_the_cut_is_refused(tmp_path: Path, llama_pair: tuple[Path, Path]) -> None:
+    partial = copy_of(llama_pair[0], tmp_path / "partial")
+    tensors = load_file(partial / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    load_model(resolve(str(partial)), dtype="float32", device="cpu", layers=1)
+    with pytest.raises(StudyError, match=r"1 weights are missing.*layers\.1\.mlp\.up_proj"):
+        load_model(resolve(str(partial)), dtype="float32", device="cpu", layers=2)
+
+
+def test_the_site_says_how_many_layers_run() -> None:
+    assert layers_to("blocks.2.hook_resid_pre", 3) == 2
+    assert {layers_to(f"blocks.2.hook_{hook}", 3) for hook in ("resid_mid", "resid_post", "attn_out", "mlp_out")} == {3}
+    with pytest.raises(StudyError, match="beyond the model"):
+        layers_to("blocks.3.hook_resid_pre", 3)
 
 
 def test_a_damaged_tokenizer_is_refused(tmp_path: Path, llama_pair: tuple[Path, Path]) -> None:

@@ -1,13 +1,14 @@
 """Splicing: by restart and by hook, on every architecture and hook point."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from sae_transfer.errors import StudyError
-from sae_transfer.models.pair import Checkpoint, resolve
+from sae_transfer.models.pair import Checkpoint, layers_to, load_model, resolve
 from sae_transfer.models.splice import BridgeSplicer, LayerSplicer, Splicer, disagreement, open_splicer
 from tests.checkpoints import SIZES, make_checkpoint
 
@@ -135,13 +136,67 @@ def test_an_edit_replaces_all_that_passes_the_hook_point(checkpoint: tuple[str, 
             assert not torch.equal(edited, after.run_to(tokens))
 
 
-def test_longer_contexts_keep_the_sliding_window(tmp_path: Path) -> None:
-    directory = make_checkpoint(tmp_path / "m", "mistral", sliding_window=8)
-    model, tokens = load(directory), some_tokens(40)
+def test_a_model_loaded_up_to_the_site_gives_the_same_activations(checkpoint: tuple[str, Path]) -> None:
+    architecture, directory = checkpoint
+    model, tokens, found = load(directory), some_tokens(), checkpoint_at(directory)
+    for layer, hook in [*((1, hook) for hook in HOOKS), (0, "resid_pre"), (2, "resid_post")]:
+        if (architecture, hook) in LACKING:
+            continue
+        name = f"blocks.{layer}.hook_{hook}"
+        layers = layers_to(name, found.n_layers)
+        low = load_model(found, dtype="float32", device="cpu", layers=layers)
+        assert len(getattr(low.base_model, "layers", getattr(low.base_model, "h", ()))) == layers
+        cut, whole = (open_splicer(m, name, found) for m in (low, model))
+        torch.testing.assert_close(cut.run_to(tokens), whole.run_to(tokens), atol=0, rtol=0)
+        assert cut.restarts == whole.restarts == (hook in ("resid_pre", "resid_post"))
+        assert (cut.difference is not None) == cut.restarts
+        assert cut.difference is None or cut.difference < 2e-6
+
+
+SLIDING = {"sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("mistral", SLIDING),
+        ("gemma2", SLIDING),
+        ("qwen2", {**SLIDING, "use_sliding_window": True, "max_window_layers": 1}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_longer_contexts_keep_the_sliding_window(
+    tmp_path: Path, architecture: str, overrides: dict[str, Any], dtype: str
+) -> None:
+    found = checkpoint_at(make_checkpoint(tmp_path / "m", architecture, **overrides))
+    tokens = some_tokens(40)
+    model = load_model(found, dtype=dtype, device="cpu")
     with torch.no_grad():
-        expected = model(input_ids=tokens).logits.flatten(0, 1)
-    splicer = open_splicer(model, "blocks.1.hook_resid_pre", checkpoint_at(directory))
-    torch.testing.assert_close(logits(splicer, tokens, splicer.run_to(tokens)), expected, atol=1e-5, rtol=1e-5)
+        expected = model(input_ids=tokens, output_hidden_states=True)
+        model.config.sliding_window, window = 4096, model.config.sliding_window
+        assert not torch.equal(model(input_ids=tokens).logits, expected.logits)  # so the window is felt
+        model.config.sliding_window = window
+    splicer = open_splicer(model, "blocks.2.hook_resid_pre", found)
+    assert splicer.restarts
+    torch.testing.assert_close(splicer.run_to(tokens), expected.hidden_states[2], atol=0, rtol=0)
+    atol, rtol = (1e-5, 1e-5) if dtype == "float32" else (0.5, 2e-2)
+    ours = logits(splicer, tokens, splicer.run_to(tokens))
+    torch.testing.assert_close(ours, expected.logits.flatten(0, 1).float(), atol=atol, rtol=rtol)
+    low = open_splicer(load_model(found, dtype=dtype, device="cpu", layers=2), "blocks.2.hook_resid_pre", found)
+    torch.testing.assert_close(low.run_to(tokens), expected.hidden_states[2], atol=0, rtol=0)
+
+
+def test_whole_passes_end_at_the_site(checkpoint: tuple[str, Path]) -> None:
+    _, directory = checkpoint
+    splicer = BridgeSplicer(load(directory), "blocks.1.hook_attn_out", directory)
+    ran: list[str] = []
+    for name in ("blocks.1.hook_out", "unembed.hook_in"):
+        splicer._bridge.hook_dict[name].add_hook(lambda x, hook: ran.append(hook.name))
+    expected = splicer.run_to(some_tokens())
+    assert ran == []
+    splicer.run_on(some_tokens(), expected)
+    assert len(ran) == 2
+    assert torch.equal(splicer.run_to(some_tokens()), expected)  # a pass that was ended leaves nothing behind
 
 
 def test_a_restart_that_differs_from_the_reference_is_not_used(
@@ -154,7 +209,7 @@ def test_a_restart_that_differs_from_the_reference_is_not_used(
     splicer = open_splicer(model, "blocks.1.hook_resid_pre", checkpoint_at(directory))
     assert isinstance(splicer, BridgeSplicer)
     assert "differs from TransformerLens" in caplog.text
-    assert disagreement(LayerSplicer(model, 1), splicer, model) > 1e-3
+    assert splicer.difference == disagreement(LayerSplicer(model, 1), splicer, model) > 1e-3
 
 
 def test_opening_a_splicer_leaves_the_model_as_it_was(tmp_path: Path) -> None:
