@@ -15,6 +15,7 @@ from sae_transfer import signals
 from sae_transfer.errors import StudyError
 from sae_transfer.saes.stream import ActivationStream
 from sae_transfer.saes.training import Diverged, Trainee, is_trained, train_saes
+from sae_transfer.throughput import Throughput
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class Pass:
         label: For the progress line, and to name the pass in messages.
         settings: All that batches and steps depend on besides the SAEs, labelled; studies share a pass when these are
             equal.
-        open_stream: Device -> the stream; loads the language model.
+        open_stream: Device and where to count time -> the stream; loads the language model.
         trainees: Device -> SAEs, in scaled space; the settings of the pass are added to their identities.
         options: Further arguments of `train_saes`.
     """
 
     label: str
     settings: Mapping[str, Any]
-    open_stream: Callable[[str], ActivationStream]
+    open_stream: Callable[[str, Throughput], ActivationStream]
     trainees: Callable[[str], list[Trainee]]
     options: Mapping[str, Any]
 
@@ -44,13 +45,13 @@ class Task:
     Attributes:
         where: The run directory, for messages.
         is_due: Whether it has to be done; refuses changed inputs, and forgets the old record.
-        finish: Writes the stage's record, told how many seconds it took.
+        finish: Writes the stage's record, told how many seconds it took, and at what rates its parts went.
         passes: In order; asked for when the task is due.
     """
 
     where: str
     is_due: Callable[[], bool]
-    finish: Callable[[float], None]
+    finish: Callable[[float, Throughput], None]
     passes: Callable[[], Sequence[Pass]]
 
 
@@ -66,7 +67,7 @@ def carry_out(tasks: Sequence[Task], device: str) -> None:
     Raises:
         StudyError: The studies cannot share a stream, or an SAE failed.
     """
-    started = time.monotonic()
+    started, throughput = time.monotonic(), Throughput()
     due = [task for task in tasks if task.is_due()]
     if not due:
         return
@@ -79,16 +80,15 @@ def carry_out(tasks: Sequence[Task], device: str) -> None:
         trainees = [[_of_pass(trainee, own) for trainee in own.trainees(device)] for own in shared]
         try:
             together = list(chain.from_iterable(trainees))
-            train_saes(
-                together, shared[0].open_stream(device), device=device, label=shared[0].label, **shared[0].options
-            )
+            stream = shared[0].open_stream(device, throughput)
+            train_saes(together, stream, device=device, label=shared[0].label, **shared[0].options)
         except Diverged as diverged:  # the other passes do not depend on it
             failure = failure or diverged
         for index, own in enumerate(trainees):
             missing[index] += sum(not is_trained(trainee.directory, trainee.identity) for trainee in own)
     for task, n_missing in zip(due, missing, strict=True):
         if not n_missing:
-            task.finish(time.monotonic() - started)
+            task.finish(time.monotonic() - started, throughput)
     if failure:
         raise failure
 

@@ -53,6 +53,7 @@ from sae_transfer.study import (
     write_json,
     write_text,
 )
+from sae_transfer.throughput import Throughput
 from sae_transfer.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Stages:
 
     def tokens(self) -> None:
         """Make the token set."""
-        study = self._study
+        study, throughput = self._study, Throughput()
 
         def work() -> None:
             meter: Meter | None = None
@@ -125,10 +126,11 @@ class Stages:
                 n_training_tokens=study.n_training_tokens,
                 vocab_size=min(c.config["vocab_size"] for c in self._checkpoints.values()),
                 progress=progress,
+                throughput=throughput,
             )
 
         with self._run.exclusively():
-            self._stage("tokens", self._token_inputs(), work)
+            self._stage("tokens", self._token_inputs(), work, throughput=throughput)
 
     def share(self, leader: "Stages") -> None:
         """Take over the token set and the norm scales of another study's run, where they would be made the same."""
@@ -267,7 +269,7 @@ class Stages:
         return Task(
             where=str(self._run.root),
             is_due=lambda: self._is_due(name, inputs(), verb=verb, outputs=outputs, discard=discard_sae),
-            finish=lambda seconds: self._finish(name, inputs(), seconds),
+            finish=lambda seconds, throughput: self._finish(name, inputs(), seconds, throughput),
             passes=passes,
         )
 
@@ -296,7 +298,9 @@ class Stages:
                 "dtype": [self._training_dtype, self._autocast],
                 "instruct": self._rollout_settings(finetune),
             },
-            open_stream=lambda device: self._stream(side, batch_size, n_batches, finetune, device),
+            open_stream=lambda device, throughput: self._stream(
+                side, batch_size, n_batches, finetune, device, throughput
+            ),
             trainees=trainees,
             options={
                 "schedule": schedule,
@@ -501,11 +505,12 @@ class Stages:
         *,
         verb: str | None = None,
         outputs: Sequence[Path] = (),
+        throughput: Throughput | None = None,
     ) -> None:
         if self._is_due(name, inputs, verb=verb, outputs=outputs):
             started = time.monotonic()
             work()
-            self._finish(name, inputs, time.monotonic() - started)
+            self._finish(name, inputs, time.monotonic() - started, throughput)
 
     def _is_due(
         self,
@@ -537,12 +542,18 @@ class Stages:
         self._run.forget(name)
         return True
 
-    def _finish(self, name: str, inputs: Mapping[str, Any], seconds: float) -> None:
+    def _finish(
+        self, name: str, inputs: Mapping[str, Any], seconds: float, throughput: Throughput | None = None
+    ) -> None:
         self._run.finish(name, inputs, seconds)
-        # tokens are made before any model has been seen to be sound
-        self._run.update_manifest(
-            **self._provenance(), **({} if name == "tokens" else self._found), site_agreement=self._agreement
-        )
+        entries = self._provenance()
+        if name != "tokens":  # which are made before any model has been seen to be sound
+            entries |= {**self._found, "site_agreement": self._agreement}
+        rates = throughput.rates() if throughput else {}
+        if rates:
+            entries["throughput"] = {name: rates}
+            logger.info("%s: %s", name, throughput)
+        self._run.update_manifest(**entries)
         logger.info("%s: done in %.0f s", name, seconds)
 
     def _require(self, stage: str, problem: str, verb: str) -> None:
@@ -592,7 +603,7 @@ class Stages:
 
     def _norm_scales(self) -> dict[str, float]:
         """c_m of both models: given, or measured once on the first training tokens and kept in scales.json."""
-        study, given = self._study, self._study.norm_scale
+        given = self._study.norm_scale
         path = self._run.root / "scales.json"
         inputs = self._scale_inputs()
 
@@ -604,8 +615,10 @@ class Stages:
             sequences = self._token_set.training[: -(-self._n_scale_tokens // self._token_set.context_size)]
             for side, checkpoint in self._checkpoints.items():
                 logger.info("norm scale of %s: measuring on %s tokens", side, f"{sequences.size:,}")
-                splicer = self._splicer_for_training(side, self._device)
-                scales[side] = measure_norm_scale(splicer, sequences, checkpoint.d_model, self._device)
+                # unnamed, so that the first model's memory is free before the second one is loaded
+                scales[side] = measure_norm_scale(
+                    self._splicer_for_training(side, self._device), sequences, checkpoint.d_model, self._device
+                )
             self._write_scales(scales, f"the first {sequences.size} training tokens")
 
         if self._run.changed_inputs("scales", inputs) != []:
@@ -645,7 +658,13 @@ class Stages:
         write_json(self._run.root / "scales.json", {**scales, "measured_on": source})
 
     def _stream(
-        self, side: str, batch_size: int, n_batches: int, finetune: Finetune | None, device: str
+        self,
+        side: str,
+        batch_size: int,
+        n_batches: int,
+        finetune: Finetune | None,
+        device: str,
+        throughput: Throughput,
     ) -> ActivationStream:
         sequences, positions = self._sequences(finetune)
         return ActivationStream(
@@ -659,6 +678,8 @@ class Stages:
             seed=self._study.tokens.seed,
             drop_norm_above=self._study.train.drop_norm_above,
             device=device,
+            prefetches=device.startswith("cuda"),
+            throughput=throughput,
         )
 
     def _fresh(self, side: str, spec: SAESpec, sparsity_warmup_steps: int, device: str) -> Any:

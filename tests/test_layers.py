@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).parent.parent
 
 # From the bottom up. A room is a module or a subpackage; inside a subpackage imports are free, but for the stages.
 STOREYS = (
-    {"errors", "progress", "redaction", "signals"},
+    {"errors", "progress", "throughput", "redaction", "signals"},
     {"config", "demo", "console"},
     {"study_file"},
     {"study", "cost"},
@@ -110,7 +110,7 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_reports_costs_configs_and_sweeps_work_without_torch() -> None:
-    rooms = {"report", "sweep", "study", "study_file", "config", "cost", "errors"}
+    rooms = {"report", "sweep", "study", "study_file", "config", "cost", "errors", "throughput"}
     light = [name for name in MODULES if name.split(".")[0] in rooms]
     loaded = loaded_after("".join(f"import sae_transfer.{name}\n" for name in light))
     assert not loaded & {*NUMERIC, "wandb", "datasets"}

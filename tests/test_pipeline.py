@@ -78,6 +78,12 @@ def test_a_run_writes_what_the_design_lists(finished: Path) -> None:
         agreement = manifest["site_agreement"][side]
         assert (agreement["path"], agreement["dtype"]) == ("restart", "float32")
         assert 0 <= agreement["difference"] < 1e-5
+    rates = manifest["throughput"]
+    assert rates["tokens"]["tokens"] > 0
+    for side in ("base", "chat"):
+        assert set(rates[f"train-{side}"]) >= {"language_model", "sae_step"}
+        assert all(rate > 0 for rate in rates[f"train-{side}"].values())
+        assert f"train-{side}: " in (finished / "log.txt").read_text()
     assert not list(finished.rglob(".activations*"))
 
 

@@ -35,6 +35,7 @@ from sae_transfer.models.documents import (
     token_batches,
 )
 from sae_transfer.study import digest, replacing, write_json
+from sae_transfer.throughput import TOKENS, Throughput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +98,7 @@ def build_token_set(
     n_training_tokens: int,
     vocab_size: int | None = None,
     progress: Progress | None = None,
+    throughput: Throughput | None = None,
 ) -> TokenSet:
     """Make a token set and write it; one that was there is replaced.
 
@@ -123,6 +125,7 @@ def build_token_set(
         vocab_size: How many ids the models have an embedding for, which bounds those of a `.npy`; None: as many as the
             tokenizer has.
         progress: Called after every batch of documents.
+        throughput: Where to count what is read and packed here; ids that are given are not.
 
     Raises:
         StudyError: The dataset or a row of it cannot be used, it has too few tokens, the tokenizer lacks a token, or
@@ -161,7 +164,7 @@ def build_token_set(
     documents = read_documents(dataset, subset=subset, split=split, column=column, revision=revision)
     growing = _GrowingRows(directory / "partial", digest(settings), _dtype(n_ids), packing)
     with closing(documents):
-        state = growing.fill(documents, tokenizer, wanted.n_rows, progress)
+        state = growing.fill(documents, tokenizer, wanted.n_rows, progress, throughput or Throughput())
     if state.n_rows < wanted.n_rows:
         growing.remove()
         raise _too_few(dataset, wanted, state.n_rows * context_size + len(state.left.ids))
@@ -392,12 +395,13 @@ class _GrowingRows:
         tokenizer: "PreTrainedTokenizerBase",
         n_rows: int,
         progress: Progress | None,
+        throughput: Throughput,
     ) -> _State:
         """Read documents until there are `n_rows` rows, or no more documents."""
         state = self._resumed(n_rows)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with (self.directory / "rows.bin").open("ab") as file:
+            with throughput.timing(TOKENS), (self.directory / "rows.bin").open("ab") as file:
                 file.truncate(state.n_rows * self._row_bytes)
                 saved_at = time.monotonic()
                 try:
@@ -405,6 +409,7 @@ class _GrowingRows:
                         stream = state.left.followed_by(batch, self.packing.separator)
                         rows, n_documents, left = stream.cut(self.packing, n_rows - state.n_rows)
                         file.write(rows.astype(self.dtype).tobytes())
+                        throughput.count(TOKENS, rows.size)
                         state = _State(state.n_rows + len(rows), state.n_documents + n_documents, left, batch.end)
                         if progress is not None:
                             progress(state.n_rows, n_rows)

@@ -3,27 +3,43 @@
 Training positions are counted through, sequence after sequence. A block is a fixed number of batches of consecutive
 positions; its sequences run once (one that straddles two blocks runs in both), and its activations are permuted by
 (seed, block). So every position is used once, any batch can be reached by running one block, and the memory is that
-of one block.
+of one block; of two where the next block is made while SAEs train on the present one.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_transfer import signals
 from sae_transfer.models.splice import Splicer
+from sae_transfer.throughput import LANGUAGE_MODEL, SAE_STEP, Throughput
 
 # Of float32 activations. Part of the result (it says how far tokens are mixed), so not a matter of the machine at hand.
 BLOCK_BYTES = 2**31
 SCALE_BATCH_TOKENS = 16_384
 
 
+class _Block(NamedTuple):
+    acts: Float[Tensor, "tok d_model"]
+    """Of consecutive positions, as the model gives them."""
+    order: Int[Tensor, "tok"]
+    """In which the batches take them."""
+
+
 class ActivationStream:
-    """Batches of one model's scaled activations at the site."""
+    """Batches of one model's scaled activations at the site.
+
+    Attributes:
+        batch_size: Activations a batch.
+        n_batches: Batches in all.
+        throughput: What the language model took, and what whoever iterates over `batches` takes between two of them.
+    """
 
     def __init__(
         self,
@@ -38,6 +54,8 @@ class ActivationStream:
         drop_norm_above: float | None,
         device: str,
         positions: NDArray[np.bool_] | None = None,
+        prefetches: bool = False,
+        throughput: Throughput | None = None,
     ) -> None:
         """Describe the stream; nothing runs before a batch is asked for.
 
@@ -53,6 +71,8 @@ class ActivationStream:
                 take others of the block twice in their place; None keeps all.
             device: Where the model is and the batches come.
             positions: Which positions of `sequences` count, `[seq pos]`; None: all of them.
+            prefetches: Make the next block, in a thread and on a CUDA stream of its own, while the present one is used.
+            throughput: Where to count time; None: in one of its own.
         """
         n_positions = sequences.size if positions is None else int(positions.sum())
         if n_batches * batch_size > n_positions:
@@ -68,46 +88,88 @@ class ActivationStream:
         self._drop_norm_above = drop_norm_above
         self._device = device
         self._batches_per_block = max(1, BLOCK_BYTES // (4 * d_model * batch_size))
-        self._block_index = -1
-        self._block: Float[Tensor, "tok d_model"] = torch.empty(0)
-        self._order: Tensor = torch.empty(0)
+        self._index = -1
+        self._block: _Block | None = None
+        self._is_cuda = torch.device(device).type == "cuda"
+        self._thread = ThreadPoolExecutor(1, "activations") if prefetches else None
+        # one for all blocks: memory that one CUDA stream gave back is not there for another
+        self._side = torch.cuda.Stream(device) if prefetches and self._is_cuda else None
+        self._ahead_index = -1
+        self._ahead: Future[_Block] | None = None
+        self.throughput = throughput or Throughput()
 
     def batches(self, start: int = 0) -> Iterator[Float[Tensor, "tok d_model"]]:
         """Batches `start` to the last, in order."""
-        return (self.batch(n) for n in range(start, self.n_batches))
+        for n in range(start, self.n_batches):
+            batch = self.batch(n)
+            with self.throughput.timing(SAE_STEP, self.batch_size):
+                yield batch
+        self._finish_steps()
 
     def batch(self, n: int) -> Float[Tensor, "tok d_model"]:
         """Batch n, float32, scaled."""
         index, within = divmod(n, self._batches_per_block)
-        if index != self._block_index:
-            self._load(index)
-        chosen = self._order[within * self.batch_size : (within + 1) * self.batch_size]
-        return self._block[chosen].float() * self._norm_scale
+        if self._block is None or index != self._index:
+            self._finish_steps()  # they read the old block, whose memory the next pass of the model will take
+            self._block = None
+            self._block, self._index = self._next_block(index), index
+        chosen = self._block.order[within * self.batch_size : (within + 1) * self.batch_size]
+        return self._block.acts[chosen].float().mul_(self._norm_scale)
 
-    @torch.inference_mode(False)
-    def _load(self, index: int) -> None:
+    def _next_block(self, index: int) -> _Block:
+        """A block, which may have been begun already; the one after it is begun."""
+        if self._thread is None:
+            return self._load(index)
+        if self._ahead is None or self._ahead_index != index:
+            self._ahead = self._thread.submit(self._load, index)
+        block = self._ahead.result()
+        self._ahead_index, self._ahead = index + 1, None
+        if self._ahead_index * self._batches_per_block < self.n_batches:
+            self._ahead = self._thread.submit(self._load, self._ahead_index)
+        return block
+
+    def _finish_steps(self) -> None:
+        """Wait for what the user of the batches has queued on a GPU: once a block, which costs next to nothing."""
+        with self.throughput.timing(SAE_STEP):
+            self._synchronize()
+
+    def _load(self, index: int) -> _Block:
         """Run the sequences of a block and draw its order."""
-        pos = self._sequences.shape[1]
         first = index * self._batches_per_block * self.batch_size
         last = min(first + self._batches_per_block * self.batch_size, self.n_batches * self.batch_size)
-        # where the block's activations stand among all positions, padding included
-        places = np.arange(first, last) if self._positions is None else self._positions[first:last]
-        self._block, self._block_index = torch.empty(0), -1  # the old block's memory before the new one's
-        block = torch.empty(last - first, self._d_model, dtype=self._splicer.head.weight.dtype, device=self._device)
+        with (
+            self.throughput.timing(LANGUAGE_MODEL, last - first),
+            torch.inference_mode(False),
+            torch.cuda.stream(self._side),
+        ):
+            # where the block's activations stand among all positions, padding included
+            places = np.arange(first, last) if self._positions is None else self._positions[first:last]
+            acts = self._run(places)
+            order = np.random.default_rng([self._seed, index]).permutation(len(acts))
+            if self._drop_norm_above is not None:
+                norms = torch.linalg.vector_norm(acts, dim=-1, dtype=torch.float32)
+                kept = (norms <= self._drop_norm_above * norms.median()).cpu().numpy()[order]
+                order = np.resize(order[kept], len(order))
+            block = _Block(acts, torch.from_numpy(order).to(self._device))
+            self._synchronize()
+            return block
+
+    def _synchronize(self) -> None:
+        if self._is_cuda:
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def _run(self, places: NDArray[np.integer]) -> Float[Tensor, "tok d_model"]:
+        """Activations at some places, counted over all positions of all sequences, ascending."""
+        pos = self._sequences.shape[1]
+        acts = torch.empty(len(places), self._d_model, dtype=self._splicer.head.weight.dtype, device=self._device)
         per_pass = max(1, SCALE_BATCH_TOKENS // pos)
         for row in range(places[0] // pos, places[-1] // pos + 1, per_pass):
             signals.check()  # a block can take minutes, more than a job has that is asked to stop
-            acts = run_sequences(self._splicer, self._sequences[row : row + per_pass], self._device).flatten(0, 1)
+            passed = run_sequences(self._splicer, self._sequences[row : row + per_pass], self._device).flatten(0, 1)
             begin, end = np.searchsorted(places, [row * pos, (row + per_pass) * pos])
-            block[begin:end] = acts[torch.from_numpy(places[begin:end] - row * pos).to(self._device)]
-        generator = np.random.default_rng([self._seed, index])
-        order = generator.permutation(len(block))
-        if self._drop_norm_above is not None:
-            norms = block.float().norm(dim=-1)
-            kept = (norms <= self._drop_norm_above * norms.median()).cpu().numpy()[order]
-            order = np.resize(order[kept], len(order))
-        self._order = torch.from_numpy(order).to(self._device)
-        self._block, self._block_index = block, index
+            chosen = torch.from_numpy(places[begin:end] - row * pos).to(self._device)
+            torch.index_select(passed, 0, chosen, out=acts[begin:end])
+        return acts
 
 
 def run_sequences(splicer: Splicer, sequences: NDArray[np.integer], device: str) -> Float[Tensor, "batch pos d_model"]:

@@ -26,6 +26,7 @@ from sae_transfer.saes.curve import LOG_FILE, CurveLog
 from sae_transfer.saes.store import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE, is_finite, load_own, save_trained
 from sae_transfer.saes.stream import ActivationStream
 from sae_transfer.study import clear_scratch, read_json
+from sae_transfer.throughput import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
@@ -380,7 +381,8 @@ def _train_group(
                         training.trainee.on_log(training.name, entry)
                 meter.update(step * batch_size, _shown(figures))
             if is_due:
-                saved_step = step if _save(alive, label, step) else saved_step
+                with stream.throughput.timing(CHECKPOINT, (step - saved_step) * batch_size):
+                    saved_step = step if _save(alive, label, step) else saved_step
                 saved_at = time.monotonic()
     except signals.Stopped:
         if step > saved_step:

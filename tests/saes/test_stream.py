@@ -1,5 +1,7 @@
 """The stream: batch n is a function of (token set, seed, n), and every position is used once."""
 
+import threading
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,20 +19,35 @@ class PositionSplicer:
     """A model whose activation at a position tells the token that stands there."""
 
     restarts = is_residual = True
+    difference: float | None = None
     head: Any = SimpleNamespace(weight=torch.zeros(1, D_MODEL))
 
     def __init__(self) -> None:
         self.passes = 0
+        self.threads = set[str]()
+        self.fails = False
 
     def run_to(self, tokens: torch.Tensor) -> torch.Tensor:
         self.passes += 1
+        self.threads.add(threading.current_thread().name)
+        if self.fails:
+            raise RuntimeError("out of memory")
         return tokens[..., None].float().expand(*tokens.shape, D_MODEL) + 1
 
     def run_on(self, tokens: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
         raise AssertionError("a stream never runs on from the site")
 
 
-def make(monkeypatch: pytest.MonkeyPatch, *, pos: int, batch_size: int, n_batches: int, seed: int = 0, drop=None):
+def make(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    pos: int,
+    batch_size: int,
+    n_batches: int,
+    seed: int = 0,
+    drop: float | None = None,
+    prefetches: bool = False,
+) -> tuple[ActivationStream, PositionSplicer]:
     """A stream in blocks of three batches over sequences whose token ids count up."""
     monkeypatch.setattr(stream_module, "BLOCK_BYTES", 3 * 4 * D_MODEL * batch_size)
     rows = -(-n_batches * batch_size // pos)
@@ -46,6 +63,7 @@ def make(monkeypatch: pytest.MonkeyPatch, *, pos: int, batch_size: int, n_batche
         seed=seed,
         drop_norm_above=drop,
         device="cpu",
+        prefetches=prefetches,
     )
     return stream, splicer
 
@@ -66,6 +84,56 @@ def test_any_batch_can_be_reached_alone(monkeypatch: pytest.MonkeyPatch) -> None
         alone, splicer = make(monkeypatch, pos=10, batch_size=16, n_batches=8)
         assert torch.equal(alone.batch(n), expected[n])
         assert splicer.passes == 1
+
+
+@pytest.mark.parametrize("drop", [None, 1.5])
+def test_a_stream_that_prefetches_gives_the_same_batches(monkeypatch: pytest.MonkeyPatch, drop: float | None) -> None:
+    plain, _ = make(monkeypatch, pos=10, batch_size=16, n_batches=8, drop=drop)
+    ahead, splicer = make(monkeypatch, pos=10, batch_size=16, n_batches=8, drop=drop, prefetches=True)
+    expected = list(plain.batches())
+    assert all(torch.equal(a, b) for a, b in zip(ahead.batches(), expected, strict=True))
+    assert splicer.passes == 3  # each of the blocks once
+    assert all(name.startswith("activations") for name in splicer.threads)
+    assert torch.equal(ahead.batch(1), expected[1])  # back to an earlier block
+    assert all(torch.equal(a, b) for a, b in zip(ahead.batches(4), expected[4:], strict=True))
+
+
+def test_the_next_block_is_begun_with_the_present_one_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, splicer = make(monkeypatch, pos=10, batch_size=16, n_batches=12, prefetches=True)
+    stream.batch(0)
+    assert stream._ahead is not None
+    held = weakref.ref(stream._ahead.result().acts)
+    assert splicer.passes == 2
+    stream.batch(3)
+    assert stream._block is not None
+    assert stream._block.acts is held()
+    assert stream._ahead is not None
+    stream._ahead.result()
+    assert splicer.passes == 3
+    stream.batch(6)
+    assert held() is None  # at most two blocks are in memory
+    stream.batch(9)
+    assert stream._ahead is None  # there is no block after the last one
+
+
+def test_a_failure_in_the_next_block_is_raised_when_that_block_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, splicer = make(monkeypatch, pos=10, batch_size=16, n_batches=6, prefetches=True)
+    batches = stream.batches()
+    next(batches)
+    assert stream._ahead is not None
+    stream._ahead.result()
+    stream._ahead, splicer.fails = None, True
+    next(batches)
+    next(batches)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(batches)
+
+
+def test_the_stream_counts_what_the_model_and_the_user_of_the_batches_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, _ = make(monkeypatch, pos=10, batch_size=16, n_batches=8)
+    for _ in stream.batches(4):
+        pass
+    assert stream.throughput._tokens == {"sae_step": 4 * 16, "language_model": 5 * 16}  # the block of batch 3 to 5
 
 
 def test_another_seed_is_another_order(monkeypatch: pytest.MonkeyPatch) -> None:

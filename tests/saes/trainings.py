@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sae_transfer.saes.training import Schedule, Trainee, new_sae, train_saes
+from sae_transfer.throughput import Throughput
 from tests.saes.saes import SPARSITY
 
 PROVENANCE = {"trained_on": "base", "sparsity_key": "k", "sparsity_value": 8, "seed": 0, "role": "trained"}
@@ -30,6 +31,7 @@ class GivenStream:
         fail_at: tuple[int, Exception] | None = None,
         before: Callable[[int], None] = lambda n: None,
     ) -> None:
+        self.throughput = Throughput()
         generator = torch.Generator().manual_seed(0)
         codes = torch.randn(n_batches * batch_size, 6, generator=generator).relu()
         data = codes @ torch.randn(6, 16, generator=generator)
