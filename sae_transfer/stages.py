@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,10 +45,10 @@ from sae_transfer.saes.training import Schedule, Trainee, continued_sae, discard
 from sae_transfer.shared_training import Pass, Task, carry_out, carry_out_at_once
 from sae_transfer.study import (
     RunDirectory,
-    clear_scratch,
     file_digest,
     replacing,
     sampled_digest,
+    scratch_in,
     write_json,
     write_text,
 )
@@ -472,11 +471,9 @@ class Stages:
 
         def work() -> None:
             directory = self._run.root / "weights"
-            directory.mkdir(parents=True, exist_ok=True)
-            clear_scratch(directory)
             models = OneModelAtATime(self._checkpoints, study.site.hook_name, self._evaluation_dtype, self._device)
-            with tempfile.TemporaryDirectory(dir=directory, prefix=".activations.") as scratch:
-                sites = models.collect(self._token_set.evaluation, study.evaluate.batch_size, Path(scratch))
+            with scratch_in(directory) as scratch:
+                sites = models.collect(self._token_set.evaluation, study.evaluate.batch_size, scratch)
                 used = scales or {side: site.norm_scale for side, site in sites.items()}
                 norms = {side: site.norms * used[side] for side, site in sites.items()}
                 threshold = choose_threshold(evaluate.outlier_threshold, evaluate.outliers, norms)

@@ -78,6 +78,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clear_scratch(path.parent, re.escape(path.name))
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             temporary = Path(scratch) / path.name
             yield temporary
@@ -104,10 +105,25 @@ def sync(path: Path, *, recursive: bool = True) -> None:
             os.close(handle)
 
 
-def clear_scratch(directory: Path) -> None:
-    """Remove what `replacing`, or a temporary directory, left in a directory when its process was killed."""
-    for path in directory.glob(".*.*"):
-        if path.is_dir():
+@contextmanager
+def scratch_in(directory: Path) -> Iterator[Path]:
+    """Give a temporary directory inside `directory`, which is created, for arrays that do not fit in memory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    clear_scratch(directory, "scratch")
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".scratch.") as scratch:
+        yield Path(scratch)
+
+
+def clear_scratch(directory: Path, name: str = ".+") -> None:
+    """Remove temporary directories that a killed process left in a directory.
+
+    Args:
+        directory: That no other process works in.
+        name: A pattern of what they were for.
+    """
+    left = re.compile(rf"\.{name}\.[a-z0-9_]{{8}}")  # as tempfile names them
+    for path in directory.iterdir():
+        if left.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -242,8 +258,9 @@ class RunDirectory:
 
     def adopt(self, study: Study) -> None:
         """Write the resolved study file: from now on, what is done here is done for this study."""
-        write_text(self.root / "study.yaml", resolved_yaml(study))
-        self.update_manifest(study=study.name)
+        with self.exclusively():
+            write_text(self.root / "study.yaml", resolved_yaml(study))
+            self.update_manifest(study=study.name)
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """The record of a finished stage, or None when it has not been finished."""

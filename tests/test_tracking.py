@@ -1,6 +1,8 @@
 """wandb: what an offline run holds, read back from its file; and that nothing depends on it."""
 
 import json
+import os
+import signal
 import struct
 import time
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 import pytest
 from wandb.proto import wandb_internal_pb2
 
+from sae_transfer import signals
 from sae_transfer.errors import StudyError
 from sae_transfer.pipeline import run_stages
+from sae_transfer.saes.stream import ActivationStream
 from sae_transfer.study_file import load_study
 from sae_transfer.tracking import NoTracker, download_artifact, open_tracker
 from tests.studies import write_study
@@ -20,8 +24,13 @@ FULL, LAST = 1, 4
 
 
 def records(run: Path) -> list[Any]:
-    """All records of the one offline run below a directory, once wandb's own process has written the last."""
+    """All records of the one offline run below a directory."""
     (path,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    return records_in(path)
+
+
+def records_in(path: Path) -> list[Any]:
+    """All records of a file, once wandb's own process has written the last."""
     for _ in range(300):
         found = parsed(path.read_bytes())
         if found and found[-1].HasField("exit"):
@@ -77,6 +86,31 @@ def test_an_offline_run_holds_configuration_curves_tables_figures_and_saes(
     artifacts = {r.request.log_artifact.artifact.name for r in found if r.request.HasField("log_artifact")}
     artifacts |= {record.artifact.name for record in found if record.HasField("artifact")}
     assert {"sae-transfer-base-standard-w64-l1_1-s0", "sae-transfer-chat-standard-w64-l1_1-s0"} <= artifacts
+
+
+def test_a_run_that_was_stopped_continues_as_one_wandb_run_without_gap_or_repeat(
+    llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {"tracking": {"wandb": "offline"}, "train": {"tokens": 2048, "batch_size": 16, "models": ["base"]}}
+    study = load_study(write_study(tmp_path, *llama_pair, text_file, **sections))
+    batch = ActivationStream.batch
+
+    def signalled(self: ActivationStream, n: int) -> object:
+        if n == 50:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, n)
+
+    with monkeypatch.context() as patch, signals.installed():
+        patch.setattr(ActivationStream, "batch", signalled)
+        with pytest.raises(signals.Stopped):
+            run_stages(study, tmp_path / "run", ("train",))
+    time.sleep(1)  # wandb names the files of a run by the second
+    run_stages(study, tmp_path / "run", ("train",))
+    files = sorted((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({path.name for path in files}) == 1, "the id stands in the name"
+    sae = "base-standard-w64-l1_1-s0"
+    steps = [[e[f"train/{sae}/step"] for e in history(records_in(path)) if f"train/{sae}/step" in e] for path in files]
+    assert steps == [list(range(1, 51)), list(range(51, 129))]
 
 
 def test_online_without_a_login_goes_on_offline(

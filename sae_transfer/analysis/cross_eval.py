@@ -1,7 +1,6 @@
 """The stage: every SAE on every model over one token set."""
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from sae_transfer.models.pair import Checkpoint
 from sae_transfer.models.tokens import TokenSet
 from sae_transfer.progress import Meter
 from sae_transfer.saes.store import StoredSAE
+from sae_transfer.study import scratch_in
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,9 @@ def cross_evaluate(
         StudyError: Something does not fit, or `auto` finds no threshold.
     """
     sequences = token_set.evaluation
-    directory.mkdir(parents=True, exist_ok=True)
     models = OneModelAtATime(checkpoints, hook_name, dtype, device)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".activations.") as scratch:
-        sites = models.collect(sequences, batch_size, Path(scratch))
+    with scratch_in(directory) as scratch:
+        sites = models.collect(sequences, batch_size, scratch)
         scales = dict(norm_scales or {side: site.norm_scale for side, site in sites.items()})
         scaled_norms = {side: site.norms * scales[side] for side, site in sites.items()}
         threshold = choose_threshold(outlier_threshold, outlier_policies, scaled_norms)

@@ -1,7 +1,6 @@
 """The stage: SAEs on the chat model over instructions and its own answers, section by section."""
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from sae_transfer.models.instructions import read_exchanges, read_instructions
 from sae_transfer.models.pair import Checkpoint, load_model, load_tokenizer
 from sae_transfer.progress import Meter
 from sae_transfer.saes.store import StoredSAE
-from sae_transfer.study import write_json
+from sae_transfer.study import scratch_in, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -155,14 +154,14 @@ def evaluate_instructions(
     splicer = OneModelAtATime({"chat": checkpoint}, hook_name, dtype, device).splicer("chat")
     by_name = {sae.name: sae for sae in saes}
     cells: list[Cell] = []
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".activations.") as scratch:
+    with scratch_in(directory) as scratch:
         site = collect_activations(
             splicer,
             packed.ids,
             d_model=checkpoint.d_model,
             batch_size=batch_size,
             device=device,
-            path=Path(scratch) / "chat.npy",
+            path=scratch / "chat.npy",
             progress=Meter("activations of chat", len(rollouts), "rows").update,
         )
         outliers = is_outlier(site.norms, norm_scale, threshold) & real

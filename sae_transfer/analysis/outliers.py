@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from sae_transfer.models.pair import Checkpoint
 from sae_transfer.models.tokens import TokenSet
 from sae_transfer.progress import Meter
 from sae_transfer.saes.store import StoredSAE
-from sae_transfer.study import write_text
+from sae_transfer.study import scratch_in, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +104,9 @@ def describe_outliers(
     sequences = token_set.evaluation
     texts = {int(token): decode(int(token)) for token in np.unique(sequences)}
     kinds = kinds_of(sequences, token_set.bos_token_id, texts)
-    directory.mkdir(parents=True, exist_ok=True)
     models = OneModelAtATime(checkpoints, hook_name, dtype, device)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".activations.") as scratch:
-        sites = models.collect(sequences, batch_size, Path(scratch))
+    with scratch_in(directory) as scratch:
+        sites = models.collect(sequences, batch_size, scratch)
         scales = dict(norm_scales or {side: site.norm_scale for side, site in sites.items()})
         norms = {side: site.norms * scales[side] for side, site in sites.items()}
         threshold = _write_auto(directory, norms, outlier_threshold, outlier_policies)
