@@ -122,7 +122,7 @@ def clear_scratch(directory: Path, name: str = ".+") -> None:
         name: A pattern of what they were for.
     """
     left = re.compile(rf"\.{name}\.[a-z0-9_]{{8}}")  # as tempfile names them
-    for path in directory.iterdir():
+    for path in directory.iterdir() if directory.is_dir() else ():
         if left.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 

@@ -156,7 +156,7 @@ def damage(root: Path, rng: random.Random) -> bool:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """All files of a run but for what says when, where and by which command: log, locks, manifest, page, times of stages."""
+    """All files of a run but for what says when, where and how: log, locks, manifest, page, stage times."""
     left_out = {"log.txt", "log.txt.1", "manifest.json", "report/index.html"}
     found = {}
     for path in sorted(root.rglob("*")):

@@ -174,8 +174,7 @@ class Checkpoints:
 
     def tidy(self, newest: int) -> None:
         """Remove what a killed process left half-written, and checkpoints after the one that is continued from."""
-        if self._directory.is_dir():
-            clear_scratch(self._directory)
+        clear_scratch(self._directory)
         self.remove([step for step in self.steps() if step > newest])
 
     def _warn(self, directory: Path, name: str) -> None:

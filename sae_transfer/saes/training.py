@@ -14,8 +14,7 @@ from sae_lens import TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
-from sae_lens.saes.sae import SAEMetadata, TrainStepOutput
-from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_transfer import signals
@@ -25,6 +24,7 @@ from sae_transfer.saes.checkpoints import KEPT, Checkpoint, Checkpoints, common_
 from sae_transfer.saes.curve import LOG_FILE, CurveLog
 from sae_transfer.saes.store import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE, is_finite, load_own, save_trained
 from sae_transfer.saes.stream import ActivationStream
+from sae_transfer.saes.trainer import FastTrainer, StepOutput
 from sae_transfer.study import clear_scratch, read_json
 from sae_transfer.throughput import CHECKPOINT
 
@@ -252,8 +252,8 @@ def discard_sae(directory: Path) -> None:
 class _Training:
     """One SAE while it is trained: its trainer, curve and checkpoints, and whether it blew up."""
 
-    trainer: SAETrainer[Any, Any]
-    output: TrainStepOutput
+    trainer: FastTrainer
+    output: StepOutput
 
     def __init__(self, trainee: Trainee) -> None:
         self.trainee = trainee
@@ -281,7 +281,7 @@ class _Training:
         self.checkpoints.remove_all()
         return True
 
-    def begin(self, trainer: SAETrainer[Any, Any], start: Checkpoint | None, retry_lr: float | None) -> None:
+    def begin(self, trainer: FastTrainer, start: Checkpoint | None, retry_lr: float | None) -> None:
         """Go on from a checkpoint, or start."""
         self.trainer = trainer
         directory = self.trainee.directory
@@ -300,8 +300,8 @@ class _Training:
 
     def step(self, batch: Float[Tensor, "tok d_model"], power: Float[Tensor, ""]) -> None:
         self.output = _step(self.trainer, batch)
-        error = self.output.losses["mse_loss"].detach() / power
-        self._health.append(torch.stack([self.output.loss.detach().float(), error.float()]))
+        error = self.output.losses["mse_loss"] / power
+        self._health.append(torch.stack([self.output.loss, error]))
 
     def is_sound(self, *, with_weights: bool) -> bool:
         """Whether no step since the last call blew up, nor the weights if asked; else `failure` says which."""
@@ -413,7 +413,7 @@ def _save(alive: Sequence[_Training], label: str, step: int) -> bool:
 
 def _trainer(
     sae: TrainingSAE[Any], schedule: Schedule, n_steps: int, batch_size: int, autocast: bool, device: str
-) -> SAETrainer[Any, Any]:
+) -> FastTrainer:
     if isinstance(sae, BatchTopKTrainingSAE) and n_steps < BATCHTOPK_SETTLED_STEPS:
         logger.warning(
             "batchtopk: %d steps are few for its threshold, a moving average that settles in about %d; the saved SAE's"
@@ -432,10 +432,10 @@ def _trainer(
         device=device,
         autocast=autocast,
     )
-    return SAETrainer(config, sae, iter(()))
+    return FastTrainer(config, sae)
 
 
-def _step(trainer: SAETrainer[Any, Any], batch: Float[Tensor, "tok d_model"]) -> TrainStepOutput:
+def _step(trainer: FastTrainer, batch: Float[Tensor, "tok d_model"]) -> StepOutput:
     sae = trainer.sae
     is_first_threshold = isinstance(sae, BatchTopKTrainingSAE) and not bool(sae.topk_threshold)
     trainer.maybe_reset_sparsity()
@@ -447,17 +447,17 @@ def _step(trainer: SAETrainer[Any, Any], batch: Float[Tensor, "tok d_model"]) ->
     return output
 
 
-def _figures(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str, float | None]:
+def _figures(trainer: FastTrainer, output: StepOutput) -> dict[str, float | None]:
     """A training-curve entry: losses as SAELens names them, L0, EV of the batch, dead features, lr; None: undefined."""
-    logged = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
-    losses = {k.removeprefix("losses/"): v for k, v in logged.items() if k.startswith("losses/")}
+    unexplained = (output.sae_in - output.sae_out).square().sum()
+    variance = (output.sae_in - output.sae_in.mean(0)).square().sum()
     values = {
-        "loss": losses.pop("overall_loss"),
-        **losses,
-        "l0": logged["metrics/l0"],
-        "explained_variance": logged["metrics/explained_variance"],
-        "dead_features": logged["sparsity/dead_features"],
-        "lr": logged["details/current_learning_rate"],
+        "loss": output.loss.item(),
+        **{name: loss.item() for name, loss in output.losses.items()},
+        "l0": output.l0.item(),
+        "explained_variance": (1 - unexplained / variance).item(),
+        "dead_features": trainer.dead_neurons.sum().item(),
+        "lr": trainer.optimizer.param_groups[0]["lr"],
     }
     return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
