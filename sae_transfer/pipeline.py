@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,17 +12,34 @@ from sae_transfer.config import Study
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import fingerprint, resolve_pair
 from sae_transfer.saes.checkpoints import CHECKPOINTS, STATE_FILE
-from sae_transfer.stages import Stages, finetune, train
+from sae_transfer.stages.context import Context
+from sae_transfer.stages.evaluation import cross_eval, instruct, outliers, report, weights
+from sae_transfer.stages.training import finetune, train
 from sae_transfer.study import PARTS, RunDirectory
 from sae_transfer.tracking import open_tracker
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("tokens", "train", "finetune", "cross-eval", "outliers", "instruct", "weights", "report")
+_WORK: dict[str, Callable[[Context], None]] = {
+    "tokens": lambda context: context.tokens(),
+    "train": lambda context: train([context], context.study.train.models),
+    "finetune": lambda context: finetune([context]),
+    "cross-eval": cross_eval,
+    "outliers": outliers,
+    "instruct": instruct,
+    "weights": weights,
+    "report": report,
+}
+STAGES = tuple(_WORK)
 
 
 def run_stages(
-    study: Study, root: Path, stages: Sequence[str] = STAGES, *, force: bool = False, retry_lr: float | None = None
+    study: Study,
+    root: Path,
+    stages: Sequence[str] = STAGES,
+    *,
+    force: bool = False,
+    retry_lr: float | None = None,
 ) -> None:
     """Carry out stages of a study; tokens and norm scales are made for any stage that needs them.
 
@@ -38,9 +55,9 @@ def run_stages(
     """
     _refuse_to_retry_nothing([root], retry_lr)
     redo = stages[0] if len(stages) == 1 else None
-    with _opened(study, root, PARTS, force=force, redo=redo, retry_lr=retry_lr) as work:
+    with _opened(study, root, PARTS, force=force, redo=redo, retry_lr=retry_lr) as context:
         for stage in stages:
-            getattr(work, stage.replace("-", "_"))()
+            _WORK[stage](context)
 
 
 def train_together(
@@ -80,7 +97,7 @@ def train_together(
 @contextmanager
 def _opened(
     study: Study, root: Path, parts: Sequence[str], *, force: bool, redo: str | None, retry_lr: float | None
-) -> Iterator[Stages]:
+) -> Iterator[Context]:
     """Resolve a study's pair, take its run directory, and start its tracking.
 
     Args:
@@ -92,7 +109,7 @@ def _opened(
         retry_lr: Peak learning rate with which trainings that have a checkpoint go on.
 
     Yields:
-        The study's stages.
+        What its stages share.
     """
     # Torch takes all cores it sees, also those that a job was not given.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -122,7 +139,7 @@ def _opened(
     ):
         found = {"identity": identity, "pair_differences": notes}
         redo = redo if force else None
-        yield Stages(
+        yield Context(
             study, run, checkpoints, fingerprints, device, tracker, found, force=force, redo=redo, retry_lr=retry_lr
         )
 

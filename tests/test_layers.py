@@ -26,7 +26,6 @@ STOREYS = (
     {"models"},
     {"saes"},
     {"analysis", "report"},
-    {"shared_training"},
     {"stages"},
     {"pipeline"},
     {"sweep", "plan"},

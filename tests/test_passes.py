@@ -12,7 +12,7 @@ from sae_transfer.errors import StudyError
 from sae_transfer.models.splice import LayerSplicer
 from sae_transfer.pipeline import run_stages, train_together
 from sae_transfer.saes.store import WEIGHTS_FILE
-from sae_transfer.stages import Stages
+from sae_transfer.stages.context import Context
 from sae_transfer.study_file import load_study
 from tests.studies import cli, hold, write_study
 
@@ -108,7 +108,7 @@ def test_two_devices_train_both_models_at_once_with_equal_weights(
 ) -> None:
     study = load_study(write("a", 64))
     run_stages(study, tmp_path / "alone", ("train",))
-    monkeypatch.setattr(Stages, "devices", lambda self, n: ["cpu"] * n)
+    monkeypatch.setattr(Context, "devices", lambda self, n: ["cpu"] * n)
     run_stages(study, tmp_path / "a", ("train",))
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "alone")
 
