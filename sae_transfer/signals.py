@@ -30,7 +30,7 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
         self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED
-        super().__init__(f"stopped by {self.signal.name}")
+        super().__init__("interrupted" if number == signal.SIGINT else f"stopped by {self.signal.name}")
 
 
 @dataclass

@@ -122,7 +122,7 @@ def clear_scratch(directory: Path, name: str = ".+") -> None:
         name: A pattern of what they were for.
     """
     left = re.compile(rf"\.{name}\.[a-z0-9_]{{8}}")  # as tempfile names them
-    for path in directory.iterdir() if directory.is_dir() else ():
+    for path in list(directory.glob(".*")):
         if left.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -303,18 +303,13 @@ class RunDirectory:
         return self.root / "stages" / f"{stage}.json"
 
     def update_manifest(self, **entries: Any) -> None:
-        """Merge entries into manifest.json, mappings into the mappings there.
-
-        Versions, hardware and command are those of the present process.
-        """
+        """Merge entries into manifest.json; versions, hardware and command are those of the present process."""
         path = self.root / "manifest.json"
         with self.exclusively():
             manifest = read_json(path)
             manifest.update(_surroundings())
             manifest.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
-            for key, value in entries.items():
-                there = manifest.get(key)
-                manifest[key] = {**there, **value} if isinstance(there, dict) and isinstance(value, Mapping) else value
+            manifest.update(entries)
             write_json(path, manifest)
 
 

@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,6 +100,8 @@ class Run:
                 cli.main()
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
 
@@ -156,7 +159,7 @@ def damage(root: Path, rng: random.Random) -> bool:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """All files of a run but for what says when, where and how: log, locks, manifest, page, stage times."""
+    """All files of a run but for what says when, where and how it ran: log, locks, manifest, page, times of stages."""
     left_out = {"log.txt", "log.txt.1", "manifest.json", "report/index.html"}
     found = {}
     for path in sorted(root.rglob("*")):

@@ -141,7 +141,7 @@ def test_checkpoints_of_other_settings_are_refused_and_force_starts_anew(
             run_stages(load_study(study_file), run, ("train",))
     before = {path: path.read_bytes() for path in run.glob("saes/**/*") if path.is_file()}
     other = load_study(study_file, ["train.lr=0.002"])
-    with pytest.raises(StudyError, match=r"(?s)checkpoints/40: belongs to another training.*: train\n.*--force"):
+    with pytest.raises(StudyError, match=r"(?s)checkpoints/40: belongs to another training.*: schedule\n.*--force"):
         run_stages(other, run, ("train",))
     assert {path: path.read_bytes() for path in run.glob("saes/**/*") if path.is_file()} == before
     run_stages(other, run, ("train",), force=True)
