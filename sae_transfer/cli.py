@@ -16,6 +16,7 @@ from rich.table import Table
 from sae_transfer import __version__, demo, signals
 from sae_transfer.config import Study, json_schema
 from sae_transfer.console import ConsoleHandler
+from sae_transfer.cost.device import choose_device
 from sae_transfer.errors import StudyError
 from sae_transfer.study_file import load_study
 
@@ -75,16 +76,23 @@ def run_demo(set_: Set = None, out: Out = None, device: Device = None, force: Fo
 def check(
     config: Config,
     set_: Set = None,
-    tflops: Annotated[float, typer.Option(help="Matrix rate of the device, TFLOP/s.")] = 400.0,
-    gbps: Annotated[float, typer.Option(help="Memory bandwidth of the device, GB/s.")] = 3000.0,
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="h200, h100, a100-80, ... or cpu; unset: h100, or cpu if asked for."),
+    ] = None,
+    device_spec: Annotated[
+        str | None, typer.Option(metavar="FIGURES", help="Another one: tflops=790,tflops_float32=54,gbps=4300,gib=141.")
+    ] = None,
 ) -> None:
     """Say everything that is wrong with a study, what it will do and what it costs; no weights are loaded.
 
-    Example: sae-transfer check configs/demo.yaml --tflops 0.1 --gbps 20
+    Example: sae-transfer check configs/demo.yaml --on cpu
     """
     from sae_transfer.plan import describe
 
-    for line in describe(_study(config, set_, None), tflops=tflops, gbps=gbps):
+    study = _study(config, set_, None)
+    device, gpu = choose_device(on, device_spec, asked=study.compute.device)
+    for line in describe(study, device, gpu=gpu):
         typer.echo(line)
 
 

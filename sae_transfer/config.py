@@ -157,6 +157,11 @@ class Site(_Section):
         """TransformerLens's name of the site, such as blocks.13.hook_resid_pre."""
         return f"blocks.{self.layer}.hook_{self.hook}"
 
+    @property
+    def n_layers_below(self) -> int:
+        """Layers that run before the site is reached; one within or after a layer needs that layer."""
+        return self.layer + (self.hook != "resid_pre")
+
 
 class Tokens(_Section):
     """The text, and how it is packed into sequences."""

@@ -1,21 +1,26 @@
 """What a study will do and what it costs, in words, before a GPU is touched; no weights are loaded."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from sae_transfer.config import Study
-from sae_transfer.cost import Memory, estimate, hours, model_shape
+from sae_transfer.cost.device import Device
+from sae_transfer.cost.estimate import REALISED, Stage, estimate
+from sae_transfer.cost.fit import fits, proposals
+from sae_transfer.cost.memory import Memory
+from sae_transfer.cost.shape import model_shape
 from sae_transfer.models.pair import resolve_pair
 
 GIB = 2**30
 
 
-def describe(study: Study, *, tflops: float, gbps: float) -> Iterator[str]:
+def describe(study: Study, device: Device, *, gpu: bool) -> Iterator[str]:
     """The study line by line: models, tokens, SAEs, evaluation, memory, disk, hours.
 
     Args:
         study: The study.
-        tflops: Rate of matrix products of the device, 1e12 operations a second.
-        gbps: Its memory bandwidth, 1e9 bytes a second.
+        device: What it is to run on.
+        gpu: Whether that is a GPU, which decides what `auto` means for precisions.
 
     Yields:
         Lines of text.
@@ -28,8 +33,7 @@ def describe(study: Study, *, tflops: float, gbps: float) -> Iterator[str]:
     checkpoints, notes = resolve_pair((pair.base, pair.chat), revisions, study.site.hook_name, weights=False)
     base = checkpoints["base"]
     shape = model_shape(base.config)
-    cost = estimate(study, shape, gpu=study.compute.device != "cpu")
-    time = hours(cost, tflops, gbps)
+    cost = estimate(study, shape, gpu=gpu)
 
     yield f"study {study.name}: nothing wrong with it"
     yield f"models      {pair.base} and {pair.chat}, {base.model_class}, {shape.n_params / 1e6:,.1f}M parameters each"
@@ -49,24 +53,47 @@ def describe(study: Study, *, tflops: float, gbps: float) -> Iterator[str]:
         f"evaluation  every SAE on both models; outliers {' and '.join(evaluate.outliers)}"
         f" (threshold {evaluate.outlier_threshold}), {' and '.join(evaluate.scale)} scale"
     )
-    for stage, memory in (("training", cost.training_memory), ("evaluation", cost.evaluation_memory)):
-        if memory.total:
-            yield f"memory      {stage}: {_gib(memory.total)} on the device ({_parts(memory)})"
     disk = cost.disk
     yield f"disk        {_gib(disk.total)}, of which tokens {_gib(disk.tokens)} and SAEs {_gib(disk.saes)}"
-    work = (cost.training, cost.finetuning, cost.evaluation)
-    flops = sum(w.lm_flops + w.sae_flops for w in work)
-    yield f"FLOPs       {flops:.2e}, of which language models {sum(w.lm_flops for w in work):.2e}"
-    yield (
-        f"hours       at least {time.total:.2g} at {tflops:g} TFLOP/s and {gbps:g} GB/s: training {time.training:.2g},"
-        f" fine-tuning {time.finetuning:.2g}, evaluation {time.evaluation:.2g}"
-    )
+    flops = {p.name: 0.0 for stage in cost.stages for p in stage.parts}
+    for part in (part for stage in cost.stages for part in stage.parts):
+        flops[part.name] += part.flops
+    yield f"FLOPs       {sum(flops.values()):.2e}, of which language models {flops.get('language model', 0):.2e}"
+    rates = f"{device.tflops:.3g} TFLOP/s, {device.tflops_float32:.3g} in float32, {device.gbps:,.4g} GB/s"
+    yield f"device      {device.name}: {rates}, {device.gib:,.4g} GiB"
+    for stage in cost.stages:
+        memory = stage.memory
+        verdict = "fits" if fits(stage, device) else "DOES NOT FIT"
+        yield f"memory      {stage.name}: {_gib(memory.total)}, {verdict} ({_parts(memory)})"
+        if not fits(stage, device):
+            for change in proposals(study, shape, stage, device, gpu=gpu):
+                yield f"  would fit: {change}"
+    for stage in cost.stages:
+        yield f"hours       {stage.name}: {_range(stage.hours(device))} ({_times(stage, device)})"
+    total = cost.hours(device)
+    yield f"hours       in all: {_range(total)}; at least {_duration(total)}, were the device always busy"
 
 
 def _gib(n_bytes: float) -> str:
     return f"{n_bytes / GIB:,.2f} GiB"
 
 
+def _range(bound: float) -> str:
+    least, middle, most = REALISED
+    return f"{_duration(bound / middle)} ({_duration(bound / most)} to {_duration(bound / least)})"
+
+
+def _times(stage: Stage, device: Device) -> str:
+    seconds = {part.name: 0.0 for part in stage.parts}
+    for part in stage.parts:
+        seconds[part.name] += part.seconds(device)
+    return ", ".join(f"{name} {_duration(value / 3600 / REALISED[1])}" for name, value in seconds.items())
+
+
+def _duration(hours: float) -> str:
+    unit, size = next(((u, s) for u, s in (("h", 1), ("min", 60)) if hours * s >= 1), ("s", 3600))
+    return f"{hours * size:.2g} {unit}"
+
+
 def _parts(memory: Memory) -> str:
-    named = {"model": memory.lm, "SAEs": memory.saes, "buffers": memory.buffer, "features": memory.temporaries}
-    return ", ".join(f"{name} {_gib(value)}" for name, value in named.items())
+    return ", ".join(f"{name} {_gib(value)}" for name, value in asdict(memory).items())

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The post's three pairs from text to report, on one GPU. For an H200 `sae-transfer check` estimates at least 9.2 hours (real
-# runs take longer), 47 GiB of its memory, and 64 GiB of disk for results beside 42 GB of models. Arguments go to every command
+# The post's three pairs from text to report, on one GPU. For an H200 `sae-transfer check` estimates at least 11 hours (expect
+# half as much again), 47 GiB of its memory, and 52 GiB of disk for results beside 42 GB of models. Arguments go to every command
 # below, for example to go through all of it in small:
 #   scripts/reproduce_post.sh --set train.tokens=1M --set saes.widths=[1024]
 # What is finished is not done again: after an interruption, run the same line once more. Results go to results/<pair> below
@@ -16,9 +16,9 @@ PATH="$root/.venv/bin:$PATH"
 # alpaca in the local cache, set HF_HUB_OFFLINE=1.
 
 # Before hours are spent: is anything wrong with a study, and what will it cost? No weights are fetched for this.
-sae-transfer check "$root/configs/qwen1.5-0.5b.yaml" --tflops 790 --gbps 4300 "$@"
-sae-transfer check "$root/configs/gemma-2b.yaml" --tflops 790 --gbps 4300 "$@"
-sae-transfer check "$root/configs/mistral-7b.yaml" --tflops 790 --gbps 4300 "$@"
+sae-transfer check "$root/configs/qwen1.5-0.5b.yaml" --on h200 "$@"
+sae-transfer check "$root/configs/gemma-2b.yaml" --on h200 "$@"
+sae-transfer check "$root/configs/mistral-7b.yaml" --on h200 "$@"
 
 # Qwen1.5-0.5B, 32,768 features, 400M tokens for each model; the smallest first, because what fails fails here soonest.
 # The post: SAEs transfer. CE delta on the chat model 0.24 for the base SAE against 0.42 for the chat SAE, on the base model

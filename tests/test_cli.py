@@ -38,8 +38,12 @@ def test_mistakes_in_a_study_exit_2_all_at_once_without_traceback(tmp_path: Path
 def test_check_says_what_will_be_done_and_what_it_costs(
     llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path
 ) -> None:
-    result = cli("check", write_study(tmp_path, *llama_pair, text_file), "--tflops", "0.1", "--gbps", "20")
+    config = write_study(tmp_path, *llama_pair, text_file)
+    result = cli("check", config, "--on", "h200")
     assert result.returncode == 0, result.stderr
+    assert "device      h200: 791 TFLOP/s" in result.stdout and "DOES NOT FIT" not in result.stdout
+    small = cli("check", config, "--device-spec", "tflops=0.1,gbps=20,gib=0.5")
+    assert small.returncode == 0 and "would fit: a GPU of 16 GiB (t4)" in small.stdout
     for word in ("LlamaForCausalLM", "blocks.1.hook_resid_pre", "standard-w64-l1_1-s0", "memory", "FLOPs", "hours"):
         assert word in result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small.yaml"]

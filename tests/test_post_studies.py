@@ -11,7 +11,9 @@ from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors.torch import load_file
 
-from sae_transfer.cost import estimate, hours, model_shape
+from sae_transfer.cost.device import find_device
+from sae_transfer.cost.estimate import estimate
+from sae_transfer.cost.shape import model_shape
 from sae_transfer.pipeline import STAGES, run_stages
 from sae_transfer.saes.sources import same_model
 from sae_transfer.study_file import load_study
@@ -257,7 +259,7 @@ def test_the_head_of_a_study_file_says_what_check_estimates(name: str) -> None:
     head = path.read_text().partition("\nname:")[0].replace("\n# ", " ")
     found = re.search(r"at least ([\d.]+) hours.*?, ([\d.]+) GiB of its memory, ([\d.]+) GiB of disk", head)
     assert found
-    memory = max(cost.training_memory.total, cost.evaluation_memory.total)
-    expected = (hours(cost, tflops=790, gbps=4300).total, memory / GIB, cost.disk.total / GIB)
+    peak = max(stage.memory.total for stage in cost.stages)
+    expected = (cost.hours(find_device("h200")), peak / GIB, cost.disk.total / GIB)
     assert [float(number) for number in found.groups()] == pytest.approx(expected, rel=0.1, abs=0.5)
     assert float(found[1]) == pytest.approx(expected[0], rel=0.1)

@@ -1,0 +1,139 @@
+"""Bytes on the device at once, stage by stage: what the code holds when it holds most."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+from sae_transfer.config import SAESpec, Study
+from sae_transfer.cost.shape import ModelShape, sae_params
+from sae_transfer.cost.work import BY_HAND, BYTES, Precision, is_sparse
+
+# Interpreter and libraries on a CPU (resident, measured); context, kernels and workspaces on a GPU.
+LIBRARIES = {"cpu": 0.75 * 2**30, "gpu": 2**30}
+TRAINED_BYTES = 16  # a parameter: weight, gradient and two moments, float32
+BLOCK_VALUES = 2**29  # activations of the training stream held at once: 2 GiB in float32
+PASS_TOKENS = 16_384  # tokens that run up to the site at once in training
+FEATURES_AT_ONCE = 2**26  # of [tok d_sae] while an SAE is evaluated
+# Elements of [tok d_sae] at once in a step by hand; [batch d_sae] alive at once in SAELens's autograd, which took 17 to
+# 21 GB at batch 4096 and width 131072.
+STEP_ELEMENTS, AUTOGRAD_ALIVE = {"cpu": 2**21, "gpu": 2**30}, 10
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device at once; on a CPU, resident.
+
+    Attributes:
+        libraries: What is there before any work.
+        model: Weights of one language model.
+        saes: Training: weights, gradients and moments of all SAEs of one model. Evaluation: weights of all SAEs.
+        activations: Training: the block of activations. Evaluation: what stands at the site in each pass, and on a CPU
+            the activations of both models, which are mapped from disk.
+        passes: Temporaries of a pass of the language model.
+        features: `[tok d_sae]` of one SAE.
+    """
+
+    libraries: float
+    model: float
+    saes: float
+    activations: float
+    passes: float
+    features: float
+
+    @property
+    def total(self) -> float:
+        """Bytes in all; passes and features are never alive together."""
+        return sum(astuple(self)) - min(self.passes, self.features)
+
+
+def training_memory(
+    study: Study,
+    shape: ModelShape,
+    specs: Sequence[SAESpec],
+    *,
+    n_tokens: int,
+    batch_size: int,
+    precision: Precision,
+    autocast: bool,
+    gpu: bool,
+) -> Memory:
+    """While SAEs are trained on one stream.
+
+    Args:
+        study: For the site and the sequences.
+        shape: Of the model.
+        specs: The SAEs on the stream.
+        n_tokens: Of the stream.
+        batch_size: Activations a step.
+        precision: Of the model.
+        autocast: Whether dense products of the SAEs are in bfloat16.
+        gpu: Where.
+
+    Returns:
+        The memory.
+    """
+    n_bytes = BYTES[precision]
+    params = [sae_params(spec, shape.d_model) for spec in specs]
+    cast = 2 * max(params) if autocast else 0
+    positions = min(BLOCK_VALUES // shape.d_model, n_tokens)
+    # a GPU has the next block already
+    block = positions * (shape.d_model * n_bytes + 8) * (2 if gpu else 1) + 4 * 4 * batch_size * shape.d_model
+    context = study.tokens.context_size
+    n_at_once = min(max(1, PASS_TOKENS // context) * context, n_tokens + context)
+    return Memory(
+        libraries=LIBRARIES["gpu" if gpu else "cpu"],
+        model=weights_bytes(shape, study.site.n_layers_below, n_bytes),
+        saes=sum(params) * TRAINED_BYTES + cast,
+        activations=block,
+        passes=n_at_once * pass_values(shape) * n_bytes,
+        features=max(_step_bytes(spec, batch_size, autocast=autocast, gpu=gpu) for spec in specs),
+    )
+
+
+def evaluation_memory(
+    study: Study, shape: ModelShape, widths: Sequence[int], *, n_passes: int, precision: Precision, gpu: bool
+) -> Memory:
+    """While SAEs are evaluated on one model.
+
+    Args:
+        study: For the sequences.
+        shape: Of the model.
+        widths: d_sae of each SAE.
+        n_passes: Distinct residuals that run on from the site, the clean one included.
+        precision: Of the model.
+        gpu: Where.
+
+    Returns:
+        The memory.
+    """
+    n_tokens = min(study.evaluate.batch_size * study.tokens.context_size, study.evaluate.tokens)
+    at_site = (n_passes + len(widths)) * n_tokens * shape.d_model * 4
+    mapped = 0 if gpu else 2 * 4 * study.evaluate.tokens * shape.d_model
+    widest = max(widths, default=0)
+    return Memory(
+        libraries=LIBRARIES["gpu" if gpu else "cpu"],
+        model=weights_bytes(shape, shape.n_layers, BYTES[precision]),
+        saes=sum(2 * shape.d_model * width + width + shape.d_model for width in widths) * 4,
+        activations=at_site + mapped,
+        passes=n_tokens * pass_values(shape) * BYTES[precision],
+        features=3 * 4 * min(n_tokens * widest, max(FEATURES_AT_ONCE, widest)),
+    )
+
+
+def weights_bytes(shape: ModelShape, n_layers: int, n_bytes: int) -> float:
+    """A model of so many layers, with embedding, final norm and unembedding."""
+    outside = shape.n_params - shape.n_layers * shape.n_params_layer
+    return (outside + n_layers * shape.n_params_layer) * n_bytes
+
+
+def pass_values(shape: ModelShape) -> int:
+    """Values alive at once in a layer, a token: gate, input and product of the MLP, or queries, keys, values twice."""
+    return 3 * shape.d_model + max(3 * shape.d_mlp, 4 * shape.d_attention + 4 * shape.d_kv)
+
+
+def _step_bytes(spec: SAESpec, batch_size: int, *, autocast: bool, gpu: bool) -> float:
+    n_values = batch_size * spec.d_sae
+    if spec.architecture not in BY_HAND or (spec.sparsity_key == "k" and not is_sparse(spec, gpu=gpu)):
+        return AUTOGRAD_ALIVE * 4 * n_values
+    if spec.architecture != "batchtopk":  # whose choice is one of the whole batch
+        n_values = min(n_values, max(STEP_ELEMENTS["gpu" if gpu else "cpu"], 256 * spec.d_sae))
+    return 3 * (2 if autocast else 4) * n_values
