@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The post's three pairs from text to report, on one GPU. For an H200 `sae-transfer check` estimates at least 11 hours (expect
-# half as much again), 47 GiB of its memory, and 52 GiB of disk for results beside 42 GB of models. Arguments go to every command
+# half as much again), 46 GiB of its memory, and 52 GiB of disk for results beside 42 GB of models. Arguments go to every command
 # below, for example to go through all of it in small:
 #   scripts/reproduce_post.sh --set train.tokens=1M --set saes.widths=[1024]
 # What is finished is not done again: after an interruption, run the same line once more. Results go to results/<pair> below

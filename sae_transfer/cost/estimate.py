@@ -19,6 +19,7 @@ from sae_transfer.cost.work import (
     layers_part,
     reconstruct_part,
     sae_step_part,
+    stream_part,
 )
 
 CHECKPOINT_BYTES = 12  # a parameter: weight and two moments, float32
@@ -131,7 +132,7 @@ def training_parts(
     """SAEs on one stream of one model: the model up to the site, steps, Adam."""
     steps = n_tokens // batch_size
     precision = products_precision(study, gpu=gpu)
-    work = [_to_site(study, shape, gpu=gpu).times(n_tokens)]
+    work = [_to_site(study, shape, gpu=gpu).times(n_tokens), stream_part(shape, len(specs)).times(n_tokens)]
     for spec in specs:
         l0 = spec.sparsity_value if is_sparse(spec, gpu=gpu) else None
         work.append(sae_step_part(spec, shape.d_model, precision, l0).times(n_tokens))
@@ -236,7 +237,7 @@ def _evaluating(
         *[part.times(n_spliced + n_ablated) for part in (above, head)],
         *(reconstruct_part(shape.d_model, width).times(len(study.evaluate.scale)) for width in widths),
     ]
-    memory = evaluation_memory(study, shape, widths, n_passes=1 + n_spliced + n_ablated, precision=precision, gpu=gpu)
+    memory = evaluation_memory(study, shape, widths, precision=precision, gpu=gpu)
     return Stage(name, _merged([part.times(2 * study.evaluate.tokens) for part in work]), memory)
 
 

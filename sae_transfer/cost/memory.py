@@ -12,7 +12,10 @@ LIBRARIES = {"cpu": 0.75 * 2**30, "gpu": 2**30}
 TRAINED_BYTES = 16  # a parameter: weight, gradient and two moments, float32
 BLOCK_VALUES = 2**29  # activations of the training stream held at once: 2 GiB in float32
 PASS_TOKENS = 16_384  # tokens that run up to the site at once in training
-FEATURES_AT_ONCE = 2**26  # of [tok d_sae] while an SAE is evaluated
+# While SAEs are evaluated: tokens of one pass of the model (a sequence at least), values of [tok d_sae] (256 tokens at
+# least), and of a tile of logits.
+EVALUATED_TOKENS, EVALUATED_FEATURES = {"cpu": 2**11, "gpu": 2**14}, {"cpu": 2**20, "gpu": 2**26}
+LOGITS = {"cpu": 2**18, "gpu": 2**26}
 # Elements of [tok d_sae] at once in a step by hand; [batch d_sae] alive at once in SAELens's autograd, which took 17 to
 # 21 GB at batch 4096 and width 131072.
 STEP_ELEMENTS, AUTOGRAD_ALIVE = {"cpu": 2**21, "gpu": 2**30}, 10
@@ -26,8 +29,8 @@ class Memory:
         libraries: What is there before any work.
         model: Weights of one language model.
         saes: Training: weights, gradients and moments of all SAEs of one model. Evaluation: weights of all SAEs.
-        activations: Training: the block of activations. Evaluation: what stands at the site in each pass, and on a CPU
-            the activations of both models, which are mapped from disk.
+        activations: Training: the block of activations. Evaluation: residuals, reconstructions and hidden states of the
+            sequences at hand, and on a CPU the activations of both models, which are mapped from disk.
         passes: Temporaries of a pass of the language model.
         features: `[tok d_sae]` of one SAE.
     """
@@ -90,32 +93,32 @@ def training_memory(
 
 
 def evaluation_memory(
-    study: Study, shape: ModelShape, widths: Sequence[int], *, n_passes: int, precision: Precision, gpu: bool
+    study: Study, shape: ModelShape, widths: Sequence[int], *, precision: Precision, gpu: bool
 ) -> Memory:
-    """While SAEs are evaluated on one model.
+    """While SAEs are evaluated on one model; the number of spliced residuals does not matter, as few run at once.
 
     Args:
         study: For the sequences.
         shape: Of the model.
         widths: d_sae of each SAE.
-        n_passes: Distinct residuals that run on from the site, the clean one included.
         precision: Of the model.
         gpu: Where.
 
     Returns:
         The memory.
     """
-    n_tokens = min(study.evaluate.batch_size * study.tokens.context_size, study.evaluate.tokens)
-    at_site = (n_passes + len(widths)) * n_tokens * shape.d_model * 4
+    where = "gpu" if gpu else "cpu"
+    context, widest = study.tokens.context_size, max(widths, default=0)
+    n_tokens = max(context, min(study.evaluate.batch_size * context, EVALUATED_TOKENS[where]))
+    n_pass = max(n_tokens, EVALUATED_TOKENS[where])  # a pass takes several residuals of few sequences
     mapped = 0 if gpu else 2 * 4 * study.evaluate.tokens * shape.d_model
-    widest = max(widths, default=0)
     return Memory(
-        libraries=LIBRARIES["gpu" if gpu else "cpu"],
+        libraries=LIBRARIES[where],
         model=weights_bytes(shape, shape.n_layers, BYTES[precision]),
         saes=sum(2 * shape.d_model * width + width + shape.d_model for width in widths) * 4,
-        activations=at_site + mapped,
-        passes=n_tokens * pass_values(shape) * BYTES[precision],
-        features=3 * 4 * min(n_tokens * widest, max(FEATURES_AT_ONCE, widest)),
+        activations=(5 * n_tokens + 4 * n_pass) * shape.d_model * 4 + mapped,
+        passes=max(n_pass * pass_values(shape) * BYTES[precision], 3 * 4 * LOGITS[where]),
+        features=3 * 4 * min(n_tokens * widest, max(EVALUATED_FEATURES[where], 256 * widest)),
     )
 
 

@@ -21,6 +21,8 @@ LAYER_VALUES = (30, 25, 8)
 # The same for a logit (made, searched for the maximum, shifted, exponentiated and summed), and for a feature in a step
 # by hand, and in SAELens's autograd.
 LOGIT_VALUES, STEP_VALUES, AUTOGRAD_VALUES = 8, 14, 30
+# The same for an activation: by the stream (into its block, out of it, scaled), and around an SAE's step.
+STREAM_VALUES, AROUND_STEP_VALUES = 6, 8
 EVALUATED_VALUES = 6  # of a feature while an SAE is evaluated
 # Products of 2 d_in d_sae operations a token in a dense step: encode, decode, the gradients of the features and of both
 # matrices. Gated has an auxiliary reconstruction beside them.
@@ -70,6 +72,11 @@ def head_part(shape: ModelShape, precision: Precision, products: int = 1) -> Par
     """Next-token losses, a token: the logits, in float32; the clean pass has a second product, for the KL."""
     flops = products * 2 * shape.d_model * shape.d_vocab
     return Part("language model", flops, LOGIT_VALUES * 4 * shape.d_vocab, precision)
+
+
+def stream_part(shape: ModelShape, n_saes: int) -> Part:
+    """Activations from the model to so many SAEs and around their steps, a token."""
+    return Part("activations", 0, (STREAM_VALUES + n_saes * AROUND_STEP_VALUES) * 4 * shape.d_model, "float32")
 
 
 def sae_step_part(spec: SAESpec, d_in: int, precision: Precision, l0: float | None = None) -> Part:

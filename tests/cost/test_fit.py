@@ -1,8 +1,9 @@
 import re
 from dataclasses import replace
 
+from sae_transfer.config import Study
 from sae_transfer.cost.device import Device, find_device
-from sae_transfer.cost.estimate import estimate
+from sae_transfer.cost.estimate import Stage, estimate
 from sae_transfer.cost.fit import fits, proposals
 from sae_transfer.cost.shape import model_shape
 from tests.cost.shapes import MISTRAL, QWEN
@@ -16,16 +17,17 @@ def with_memory(gib: float) -> Device:
 
 
 def test_a_batch_that_is_proposed_fits_and_twice_it_does_not() -> None:
-    def evaluation(batch_size: int):
-        wide = study(saes={"widths": [8192]}, evaluate={"batch_size": batch_size})
-        return wide, stage(estimate(wide, SHAPE), "evaluation")
+    def training(batch_size: int) -> tuple[Study, Stage]:
+        gated = {"architecture": "gated", "widths": [32768]}  # whose step is autograd's, [batch d_sae] many times over
+        wide = study(saes=gated, train={"batch_size": batch_size})
+        return wide, stage(estimate(wide, SHAPE), "training")
 
-    asked, needs = evaluation(64)
-    device = with_memory(8)
+    asked, needs = training(4096)
+    device = with_memory(10)
     assert not fits(needs, device)
-    found = next(p for p in proposals(asked, SHAPE, needs, device, gpu=True) if p.startswith("evaluate.batch_size"))
+    found = next(p for p in proposals(asked, SHAPE, needs, device, gpu=True) if p.startswith("train.batch_size"))
     proposed = int(re.findall(r"\d+", found)[0])
-    assert fits(evaluation(proposed)[1], device) and not fits(evaluation(2 * proposed)[1], device)
+    assert fits(training(proposed)[1], device) and not fits(training(2 * proposed)[1], device)
 
 
 def test_saes_are_proposed_for_studies_of_their_own_as_few_as_fit() -> None:

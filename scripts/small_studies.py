@@ -1,0 +1,104 @@
+"""Studies over random models, made on disk and carried out stage by stage in processes of their own, measured."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from bench import matmul_seconds, seconds
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sae_transfer.cost.device import Device
+from sae_transfer.study_file import load_study
+
+# stage of the estimate -> verb that carries it out
+VERBS = {"training": "train", "evaluation": "cross-eval", "outliers": "outliers"}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one stage took.
+
+    Attributes:
+        cpu_seconds: Of the process, imports included.
+        peak_bytes: Most resident memory.
+    """
+
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def measured_core() -> Device:
+    """One core of this machine: rates of a large product and of a large copy, and all memory."""
+    n = 2048
+    rate = 2 * n**3 / matmul_seconds(n, n, n) / 1e12
+    values = torch.ones(2**26)
+    copy = torch.empty_like(values)
+    torch.add(values, 1.0, out=copy)
+    taken = sorted(seconds(lambda: torch.add(values, 1.0, out=copy)) for _ in range(7))[3]
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Device("one core of this machine", rate, rate, 2 * 4 * values.numel() / taken / 1e9, gib)
+
+
+def on_one_core() -> None:
+    """Keep this process, and those it starts, on one core and one thread."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+
+
+def make_study(directory: Path, sizes: Mapping[str, int], keys: Mapping[str, Any]) -> Path:
+    """Write a random Llama pair, token ids and a study over them.
+
+    Args:
+        directory: Where to.
+        sizes: Fields of the model's configuration.
+        keys: Of the study, dotted, beside those that are the same for all.
+
+    Returns:
+        The study file.
+    """
+    for seed, side in enumerate(("base", "chat")):
+        torch.manual_seed(seed)
+        config = LlamaConfig.from_dict({**sizes, "tie_word_embeddings": False})
+        LlamaForCausalLM(config).save_pretrained(directory / side)
+    sections: dict[str, dict[str, Any]] = {
+        "pair": {"base": str(directory / "base"), "chat": str(directory / "chat")},
+        "site": {"layer": sizes["num_hidden_layers"] // 2, "hook": "resid_pre"},
+        "tokens": {"dataset": str(directory / "ids.npy"), "context_size": 128},
+        "saes": {},
+        "train": {"batch_size": 1024, "scale_tokens": 2048, "models": ["base"], "lr": 1e-3},
+        # a scaled norm is about sqrt(d_model): some positions of each batch are above, so that no two passes are equal
+        "evaluate": {"batch_size": 16, "outlier_threshold": 1.05 * sizes["hidden_size"] ** 0.5},
+    }
+    for key, value in keys.items():
+        section, _, field = key.partition(".")
+        sections[section][field] = value
+    path = directory / "study.yaml"
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    (directory / "ids.npy").touch()  # a study's dataset must be there to be read
+    study = load_study(path)
+    context = study.tokens.context_size
+    n_rows = -(-(study.evaluate.tokens + study.n_training_tokens) // context) + 2
+    ids = np.random.default_rng(0).integers(sizes["vocab_size"], size=(n_rows, context), dtype=np.int32)
+    np.save(directory / "ids.npy", ids)
+    return path
+
+
+def carry_out(path: Path, verb: str) -> Taken:
+    """One verb on the CPU, in a process of its own."""
+    out = str(path.parent / "run")
+    command = [sys.executable, "-m", "sae_transfer", verb, str(path), "--out", out, "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"{' '.join(command)}\n{said}")
+    return Taken(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)

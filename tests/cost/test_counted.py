@@ -1,0 +1,11 @@
+"""The estimate is free of torch, so it repeats some of the code's own constants: they must stay the same."""
+
+from sae_transfer.cost import memory, work
+from sae_transfer.saes import gradients, steps, stream
+
+
+def test_what_is_counted_is_what_the_code_holds_at_once() -> None:
+    assert memory.BLOCK_VALUES * 4 == stream.BLOCK_BYTES
+    assert memory.PASS_TOKENS == stream.SCALE_BATCH_TOKENS
+    assert {"cpu": gradients.BLOCK_ELEMENTS["cpu"], "gpu": gradients.BLOCK_ELEMENTS["cuda"]} == memory.STEP_ELEMENTS
+    assert {"cpu": steps.SPARSE_BELOW["cpu"], "gpu": steps.SPARSE_BELOW["cuda"]} == work.SPARSE_BELOW
