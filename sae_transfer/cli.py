@@ -3,14 +3,16 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sae_transfer import __version__, demo, signals
@@ -20,8 +22,12 @@ from sae_transfer.cost.device import choose_device
 from sae_transfer.errors import StudyError
 from sae_transfer.study_file import load_study
 
+if TYPE_CHECKING:
+    from sae_transfer.sweep.run import Status
+
 EXIT_MENDABLE = 2
 KEPT = "finished stages are kept, and the checkpoints of a training; the same command goes on"
+WATCH_EVERY_S = 5.0
 TABLE_WIDTH = 150  # characters; the post's ten columns with long SAE names
 
 app = typer.Typer(
@@ -208,7 +214,7 @@ def weights(
 
 @app.command()
 def report(
-    config: Config,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The study file (YAML), or a sweep's directory.")],
     set_: Set = None,
     out: Out = None,
     here: Here = False,
@@ -225,7 +231,13 @@ def report(
     """
     from sae_transfer.report.page import write_report
     from sae_transfer.report.weight_figures import write_weights_of
+    from sae_transfer.sweep.run import is_sweep
 
+    if is_sweep(config):
+        from sae_transfer.report.sweep import write_sweep_report
+
+        typer.echo(write_sweep_report(config))
+        return
     root = _root(_study(config, set_, None), out, config if here else None)
     page = write_report(root)
     if beside:
@@ -273,6 +285,97 @@ def schema() -> None:
     Example: sae-transfer schema > study.schema.json
     """
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def sweep(
+    sweep_file: Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep file (YAML).", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The sweep's directory.", show_default=False)],
+    set_: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the jobs and what each will cost; submit none.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Stay until every job has ended.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Also jobs that failed, or have used launcher.max_attempts.")
+    ] = False,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Jobs at once of the engine local; unset: launcher.slots, else one a GPU.")
+    ] = None,
+    tflops: Annotated[float, typer.Option(help="For --dry-run: matrix rate of the device, TFLOP/s.")] = 400.0,
+    gbps: Annotated[float, typer.Option(help="For --dry-run: memory bandwidth of the device, GB/s.")] = 3000.0,
+) -> None:
+    """A grid of studies as jobs, on SLURM or this machine; again, it submits only what is neither done nor live.
+
+    Example: sae-transfer sweep configs/sweeps/demo.yaml --out results/demo-sweep --wait
+    """
+    from sae_transfer.sweep import run as sweeps
+
+    if dry_run:
+        for line in sweeps.describe(sweep_file, out, set_ or (), tflops=tflops, gbps=gbps):
+            typer.echo(line)
+        return
+    sweeps.submit_sweep(sweep_file, out, set_ or (), retry_failed=retry_failed, slots=slots, foreground=wait)
+    if not wait:
+        typer.echo(f"sae-transfer status {out}")
+        return
+    found = sweeps.wait(out)
+    _print_status(found)
+    typer.echo(out / "report" / "index.html")
+    if found.counts["done"] < len(found.cells):
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's directory.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: counts by state, and every cell.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay and print what changes until nothing is live.")] = False,
+) -> None:
+    """Where every cell of a sweep is: our own files, corrected by what SLURM says.
+
+    Example: sae-transfer status results/demo-sweep --watch
+    """
+    from sae_transfer.sweep import run as sweeps
+
+    shown = None
+    while True:
+        found = sweeps.read_status(directory)
+        if found != shown:
+            shown = found
+            if as_json:
+                typer.echo(json.dumps(found.as_json(), indent=2))
+            else:
+                _print_status(found)
+        if not watch or not found.is_live:
+            return
+        time.sleep(WATCH_EVERY_S)
+
+
+@app.command()
+def cancel(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's directory.", show_default=False)],
+) -> None:
+    """Cancel a sweep's jobs; those that run write a checkpoint first, and the same sweep command goes on from it.
+
+    Example: sae-transfer cancel results/demo-sweep
+    """
+    from sae_transfer.sweep.run import cancel_sweep
+
+    typer.echo(f"{cancel_sweep(directory)} jobs cancelled")
+
+
+def _print_status(status: "Status") -> None:
+    # ids are what a person copies, so they are never cut
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("cell", "state", "stage", "message"):
+        table.add_column(column, overflow="fold", no_wrap=column == "cell")
+    for cell in status.cells:
+        table.add_row(escape(cell.id), cell.state, cell.stage, escape(cell.message))
+    console.print(table)
+    counts = ", ".join(f"{count} {state}" for state, count in status.counts.items() if count)
+    console.print(f"{counts}; combined report: {status.report}", highlight=False)
 
 
 def _study(config: Path, overrides: list[str] | None, device: str | None) -> Study:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,6 +17,7 @@ from sae_transfer.config import Study
 from sae_transfer.errors import StudyError
 
 Loc = tuple[str | int, ...]
+M = TypeVar("M", bound=BaseModel)
 
 # YAML 1.2's scalars. PyYAML's own (1.1) make `off` False, `010` 8, `1:30` 90, a date an object, and `5e-5` a string.
 SCALARS = {
@@ -127,14 +128,46 @@ def parse_study(mapping: dict[str, Any], where: str) -> Study:
     return _checked(mapping, where, [])
 
 
+def parse_other(
+    mapping: dict[str, Any], model: type[M], where: str, problems: Sequence[tuple[Loc, str]], remedy: str
+) -> M:
+    """Make something else than a study of a mapping, with problems worded as a study's.
+
+    Args:
+        mapping: Keys and values as YAML gives them; left unchanged.
+        model: What it describes.
+        where: What to call their source in messages.
+        problems: Found already, each with its place.
+        remedy: What to try once they are mended.
+
+    Returns:
+        It.
+
+    Raises:
+        StudyError: Everything wrong with it, a line each.
+    """
+    given, parsed, found = _copied(mapping), None, list(problems)
+    try:
+        parsed = model.model_validate(given)
+    except ValidationError as error:
+        found += [(fault["loc"], _wording(fault, model)) for fault in error.errors(include_url=False)]
+    if parsed is None or found:
+        raise StudyError("\n".join(dict.fromkeys(_line(*fault, given, where, {}) for fault in found)), remedy)
+    return parsed
+
+
 def resolved_yaml(study: Study) -> str:
     """The study as YAML with every default written out; it loads back to an equal study."""
     dump = study.model_dump(mode="json")
     for key in ("saes", "external_saes"):
         if dump[key] is not None:
             dump[key] = [{name: value for name, value in entry.items() if value is not None} for entry in dump[key]]
-    text = yaml.dump(dump, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
-    return f"# The study as resolved, with all defaults; running this file reproduces the run.\n{text}"
+    return f"# The study as resolved, with all defaults; running this file reproduces the run.\n{as_yaml(dump)}"
+
+
+def as_yaml(mapping: dict[str, Any]) -> str:
+    """A mapping of JSON values as YAML that `read_mapping` reads back as it was."""
+    return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
 
 
 def read_mapping(path: Path) -> tuple[dict[str, Any], list[tuple[Loc, str]]]:
@@ -356,12 +389,12 @@ def _line(loc: Loc, message: str, given: dict[str, Any], where: str, set_keys: d
     return f"{where}: {shown}: {message}"
 
 
-def _wording(error: ErrorDetails) -> str:
+def _wording(error: ErrorDetails, root: type[BaseModel] = Study) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key; {_suggestion(error['loc'])}"
+        return f"unknown key; {_suggestion(error['loc'], root)}"
     if kind == "missing":
-        info = _field(error["loc"])
+        info = _field(error["loc"], root)
         return f"missing; expected: {info.description if info else 'a value'}"
     expected = {
         "study": context.get("expected"),
@@ -400,22 +433,24 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _suggestion(loc: Loc) -> str:
+def _suggestion(loc: Loc, root: type[BaseModel]) -> str:
     """The key that an unknown one may have meant: a similar one beside it, else the same one in another section."""
     name = str(loc[-1])
-    beside = list(_model(loc[:-1]).model_fields)
+    beside = list(_model(loc[:-1], root).model_fields)
     close = difflib.get_close_matches(name, beside, n=1)
     elsewhere = [
-        f"{section}.{name}" for section in Study.model_fields if name in getattr(_model((section,)), "model_fields", {})
+        f"{section}.{name}"
+        for section in root.model_fields
+        if name in getattr(_model((section,), root), "model_fields", {})
     ]
     if close or elsewhere:
         return f"did you mean {(close or elsewhere)[0]}?"
     return f"expected one of {', '.join(beside)}"
 
 
-def _model(loc: Loc) -> type[BaseModel]:
-    """The section that a place belongs to; the study itself for a key that is no section."""
-    model: type[BaseModel] = Study
+def _model(loc: Loc, root: type[BaseModel]) -> type[BaseModel]:
+    """The section that a place belongs to; the root itself for a key that is no section."""
+    model = root
     for part in loc:
         if isinstance(part, str) and part in model.model_fields:
             model = next(_models(model.model_fields[part].annotation), model)
@@ -429,5 +464,5 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(argument)
 
 
-def _field(loc: Loc) -> FieldInfo | None:
-    return _model(loc[:-1]).model_fields.get(str(loc[-1]))
+def _field(loc: Loc, root: type[BaseModel]) -> FieldInfo | None:
+    return _model(loc[:-1], root).model_fields.get(str(loc[-1]))

@@ -88,9 +88,10 @@ def test_stages_meet_through_files_and_never_import_each_other(name: str) -> Non
     assert not neighbours & STAGES
 
 
-def test_wandb_is_imported_in_one_module() -> None:
-    users = {name for name, tree in MODULES.items() if any(i.split(".")[0] == "wandb" for i in imported(tree))}
-    assert users <= {"tracking"}
+@pytest.mark.parametrize(("package", "module"), [("wandb", "tracking"), ("submitit", "sweep.slurm")])
+def test_what_may_be_absent_or_slow_is_imported_in_one_module(package: str, module: str) -> None:
+    users = {name for name, tree in MODULES.items() if any(i.split(".")[0] == package for i in imported(tree))}
+    assert users == {module}
 
 
 def test_the_report_reads_results_only() -> None:

@@ -1,0 +1,131 @@
+"""The job graph: cells that can share a stream train together; then each is evaluated by itself; then one report."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sae_transfer.config import Study
+from sae_transfer.study import digest, write_json
+from sae_transfer.sweep.cells import Cell, cell_directory, slug
+
+Kind = Literal["train-base", "train-chat", "finetune", "evaluate", "report"]
+REPORT = "report"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process.
+
+    Attributes:
+        name: Directory-safe, unique in the sweep.
+        kind: What it does.
+        cells: Ids of the cells that it does it for.
+        needs: Names of the jobs that have to end before it starts.
+        stages: Stages whose records say, in each cell's run directory, how far it is.
+    """
+
+    name: str
+    kind: Kind
+    cells: tuple[str, ...]
+    needs: tuple[str, ...]
+    stages: tuple[str, ...]
+
+    def command(self, directory: Path, cells: Iterable[str]) -> list[str]:
+        """What follows `sae-transfer`, for some of the job's cells.
+
+        Args:
+            directory: Of the sweep.
+            cells: Those that are to be worked on.
+
+        Returns:
+            Arguments, with absolute paths.
+        """
+        if self.kind == "report":
+            return ["report", str(directory.absolute())]
+        studies = [str(cell_directory(directory.absolute(), cell) / "study.yaml") for cell in cells]
+        if self.kind == "evaluate":
+            return ["run", *studies, "--here", *(word for stage in self.stages for word in ("--stage", stage))]
+        if self.kind == "finetune":
+            return ["finetune", *studies, "--here"]
+        return ["train", *studies, "--here", "--model", self.kind.removeprefix("train-")]
+
+
+def plan_jobs(cells: Sequence[Cell], earlier: Sequence[Job] = ()) -> list[Job]:
+    """The jobs of a sweep. Those of earlier cells stay as they were; new cells get jobs of their own.
+
+    Args:
+        cells: All cells asked for.
+        earlier: The jobs planned before.
+
+    Returns:
+        All jobs, each after those it needs; the report last.
+    """
+    known = {cell for job in earlier if job.kind != "report" for cell in job.cells}
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if cell.id not in known:
+            groups[_shared(cell.study)].append(cell)
+    jobs = [job for job in earlier if job.kind != "report"]
+    for members in groups.values():
+        jobs += _jobs_of(members)
+    needs = tuple(job.name for job in jobs if job.kind == "evaluate")
+    return [*jobs, Job(REPORT, "report", tuple(cell.id for cell in cells), needs, ())]
+
+
+def write_jobs(jobs: Sequence[Job], directory: Path) -> None:
+    """Keep the graph in `DIR/jobs.json`."""
+    write_json(directory / "jobs.json", [asdict(job) for job in jobs])
+
+
+def read_jobs(directory: Path) -> list[Job]:
+    """The graph as last written; none before the first sweep."""
+    path = directory / "jobs.json"
+    if not path.exists():
+        return []
+    return [
+        Job(job["name"], job["kind"], *(tuple(job[key]) for key in ("cells", "needs", "stages")))
+        for job in json.loads(path.read_text(encoding="utf-8"))
+    ]
+
+
+def _jobs_of(members: Sequence[Cell]) -> list[Job]:
+    study, ids = members[0].study, tuple(cell.id for cell in members)
+    mark = f"{slug(members[0].of, 40)}-layer{study.site.layer}-{digest(sorted(ids))[:6]}"
+    needs: tuple[str, ...] = ()
+    jobs = []
+    if study.saes is not None:
+        for side in study.train.models:
+            kind: Kind = "train-base" if side == "base" else "train-chat"
+            jobs.append(Job(f"{kind}-{mark}", kind, ids, (), (kind,)))
+        needs = tuple(job.name for job in jobs)
+        if study.finetune is not None:
+            jobs.append(Job(f"finetune-{mark}", "finetune", ids, needs, ("finetune",)))
+            needs = (*needs, f"finetune-{mark}")
+    for cell in members:
+        stages = ("cross-eval", "outliers", *(("instruct",) if cell.study.instruct else ()), "weights", "report")
+        jobs.append(Job(f"evaluate-{cell.id}", "evaluate", (cell.id,), needs, stages))
+    return jobs
+
+
+def _shared(study: Study) -> str:
+    """Equal for studies whose SAEs can train on one stream: the same models, site, token set and order of batches."""
+    train, tune = study.train, study.finetune
+    tuned: dict[str, Any] | None = None
+    if tune is not None:
+        instruct = study.instruct.model_dump(mode="json") if study.instruct and tune.data == "rollouts" else None
+        tuned = {**tune.model_dump(mode="json", include={"tokens", "data", "batch_size"}), "instruct": instruct}
+    return digest(
+        {
+            **study.model_dump(mode="json", include={"pair", "site", "tokens", "norm_scale", "compute"}),
+            "train": train.model_dump(
+                mode="json", include={"models", "tokens", "batch_size", "scale_tokens", "drop_norm_above"}
+            ),
+            "trains": study.saes is not None,
+            "held out": study.evaluate.tokens,
+            "finetune": tuned,
+            "training tokens": study.n_training_tokens,
+        }
+    )

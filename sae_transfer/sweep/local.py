@@ -1,0 +1,206 @@
+"""This machine as an engine: a supervisor of its own runs submitted jobs, one a slot, in the order of their needs."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sae_transfer.signals import PARENT_VARIABLE, Stopped
+from sae_transfer.sweep.child import POLL_S, Child, start
+from sae_transfer.sweep.jobs import Job, read_jobs
+from sae_transfer.sweep.states import LIVE, Fact, Record, read_record, submitted, update_record
+
+logger = logging.getLogger(__name__)
+
+SWEEP_LOCK = ".sweep.lock"  # held while a sweep command changes the directory
+STOP_WITHIN_S = 120.0  # the checkpoint of the largest SAEs takes a minute on a slow disk
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use."""
+    return len(_gpus())
+
+
+def submit(directory: Path, jobs: Sequence[Job], slots: int) -> None:
+    """Mark jobs for the supervisor. It runs once `supervise` is called, or after `start_supervisor`.
+
+    Args:
+        directory: Of the sweep.
+        jobs: Neither done nor live.
+        slots: Jobs at once.
+    """
+    (directory / "jobs" / "slots").write_text(str(slots))
+    for job in jobs:
+        update_record(directory, job.name, lambda record, job=job: submitted(record, job, "local"))
+
+
+def facts(directory: Path, records: Mapping[str, Record]) -> dict[str, Fact]:
+    """What can be said of live jobs from whether their supervisor lives."""
+    if not records:
+        return {}
+    if is_supervised(directory):
+        return {name: Fact(record.state) for name, record in records.items()}
+    became = {
+        "running": Fact("killed", "the supervisor on this machine was ended"),
+        "submitted": Fact("pending", "the supervisor on this machine was ended before its turn"),
+    }
+    return {name: became[record.state] for name, record in records.items()}
+
+
+def is_supervised(directory: Path) -> bool:
+    """Whether a supervisor is at work."""
+    try:
+        with _supervisor_lock(directory).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def start_supervisor(directory: Path) -> None:
+    """Start a supervisor that outlives this process, unless one is at work already."""
+    environment = {key: value for key, value in os.environ.items() if key != PARENT_VARIABLE}
+    with (directory / "jobs" / "supervisor.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sae_transfer.sweep.local", str(directory)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=environment,
+        )
+    while not is_supervised(directory) and process.poll() is None:
+        time.sleep(POLL_S)
+
+
+def cancel(directory: Path) -> None:
+    """Have the supervisor stop its jobs, which write their checkpoints, and wait until it has ended."""
+    if is_supervised(directory):
+        os.kill(int((directory / "jobs" / "supervisor.pid").read_text()), signal.SIGTERM)
+    while is_supervised(directory):
+        time.sleep(POLL_S)
+
+
+def supervise(directory: Path) -> None:
+    """Run submitted jobs until none is left, also those submitted meanwhile; nothing where a supervisor is at work.
+
+    Args:
+        directory: Of the sweep.
+
+    Raises:
+        Stopped: SIGTERM or Ctrl-C; the jobs were stopped, and have written their checkpoints.
+    """
+    asked: int | None = None
+
+    def stop(number: int, _: object) -> None:
+        nonlocal asked
+        asked = asked or number
+
+    lock = _supervisor_lock(directory)
+    try:
+        lock.acquire(timeout=5)  # who asks whether one is at work holds it for a moment
+    except Timeout:
+        return
+    (directory / "jobs" / "supervisor.pid").write_text(str(os.getpid()))
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    slots: dict[int, Child | None] = {}
+    try:
+        while asked is None:
+            _collect(slots)
+            wanted = int((directory / "jobs" / "slots").read_text())
+            waiting = _fill(directory, slots, wanted)
+            if not waiting and not any(slots.values()) and _ended(directory, lock):
+                return
+            time.sleep(POLL_S)
+        raise Stopped(asked)
+    finally:
+        _stop(slots)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        lock.release()
+
+
+def slot_environment(slot: int, slots: int) -> dict[str, str]:
+    """The share of this machine that a slot's jobs get: one of the GPUs, and an equal part of the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = _gpus()
+    share = {"OMP_NUM_THREADS": str(max(1, cores // slots))}
+    return {**share, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else share
+
+
+def _gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [part.strip() for part in visible.split(",") if part.strip()]
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return []
+    return [str(index) for index, line in enumerate(listing.splitlines()) if line.startswith("GPU ")]
+
+
+def _supervisor_lock(directory: Path) -> FileLock:
+    return FileLock(directory / "jobs" / "supervisor.lock")
+
+
+def _collect(slots: dict[int, Child | None]) -> None:
+    """Free the slots of jobs that have ended."""
+    for slot, child in slots.items():
+        if child is not None and child.exit_code() is not None:
+            record = child.finish()
+            logger.info("%s: %s%s", child.job.name, record.state, f": {record.message}" if record.message else "")
+            slots[slot] = None
+
+
+def _fill(directory: Path, slots: dict[int, Child | None], wanted: int) -> bool:
+    """Start what can start in the slots that are free; whether anything waits still."""
+    jobs = read_jobs(directory)
+    records = {job.name: read_record(directory, job.name) for job in jobs}
+    waiting = [job for job in jobs if records[job.name].state == "submitted" and records[job.name].engine == "local"]
+    for job in waiting:
+        slot = next((slot for slot in range(wanted) if slots.get(slot) is None), None)
+        if slot is None:
+            break
+        if not any(records[need].state in LIVE for need in job.needs):
+            slots[slot] = start(directory, job, slot_environment(slot, wanted))
+            if slots[slot] is not None:
+                logger.info("%s: started in slot %d of %d", job.name, slot + 1, wanted)
+            records[job.name] = read_record(directory, job.name)
+    return bool(waiting)
+
+
+def _ended(directory: Path, lock: FileLock) -> bool:
+    """Whether nothing is left. Then the lock is let go before a sweep command can look whether someone is at work."""
+    try:
+        with FileLock(directory / SWEEP_LOCK).acquire(timeout=0):
+            jobs = read_jobs(directory)
+            if any(read_record(directory, job.name).state == "submitted" for job in jobs):
+                return False
+            lock.release()
+            return True
+    except Timeout:
+        return False
+
+
+def _stop(slots: dict[int, Child | None]) -> None:
+    children = [child for child in slots.values() if child is not None]
+    for child in children:
+        child.stop()
+    for child in children:
+        child.stop_within(STOP_WITHIN_S)
+        while child.exit_code() is None:
+            time.sleep(POLL_S)
+        child.finish()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        supervise(Path(sys.argv[1]))
+    except Stopped as stop:
+        sys.exit(stop.exit_code)

@@ -1,0 +1,134 @@
+"""SLURM as an engine, through submitit; the only module that imports it."""
+
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from submitit import AutoExecutor
+from submitit.core.utils import DelayedSubmission, UncompletedJobError
+from submitit.slurm.slurm import SlurmJobEnvironment
+
+from sae_transfer.errors import StudyError
+from sae_transfer.sweep.child import POLL_S, Child, start
+from sae_transfer.sweep.file import Launcher
+from sae_transfer.sweep.jobs import Job, read_jobs
+from sae_transfer.sweep.states import LIVE, Record, given_back, now, submitted, update_record
+
+REPORT_MEM_GB = 8.0
+STOP_FRACTION = 0.7  # of the signal's lead that a checkpoint may take; the rest is for going back into the queue
+
+
+class BatchJob:
+    """What submitit runs: paths only, so that nothing of this version of the package is frozen into a queue."""
+
+    def __init__(self, directory: str, job: str, signal_delay_s: int) -> None:
+        """Name a job.
+
+        Args:
+            directory: Of the sweep, absolute.
+            job: Its name.
+            signal_delay_s: How long before the limit SLURM sends its signal.
+        """
+        self.directory, self.job, self.signal_delay_s = directory, job, signal_delay_s
+        self._child: Child | None = None
+
+    def __call__(self) -> None:
+        """Run the job as a child process and write what became of it."""
+        directory = Path(self.directory)
+        job = next(job for job in read_jobs(directory) if job.name == self.job)
+        slurm_id = SlurmJobEnvironment().job_id
+        update_record(directory, self.job, lambda record: replace(record, scheduler_id=slurm_id))
+        self._child = child = start(directory, job, {"OMP_NUM_THREADS": os.environ.get("SLURM_CPUS_PER_TASK", "1")})
+        if child is None:
+            return
+        # scancel, and preemption where no other signal is configured
+        signal.signal(signal.SIGTERM, lambda *_: child.stop())
+        try:
+            while child.exit_code() is None:
+                time.sleep(POLL_S)
+        except UncompletedJobError as error:  # raised by submitit's signal handler, after `checkpoint`
+            message = f"reached its time limit; {error}"
+            update_record(
+                directory, self.job, lambda record: replace(record, state="timeout", message=message, ended=now())
+            )
+            raise
+        if child.finish().state != "done":
+            sys.exit(1)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Stop the child, which writes its checkpoint, and go back into the queue; submitit calls this on a signal."""
+        if self._child is not None:
+            self._child.stop_within(STOP_FRACTION * self.signal_delay_s)
+        message = "preempted or out of time; goes on from its checkpoint"
+        update_record(
+            Path(self.directory), self.job, lambda record: replace(record, state="submitted", message=message)
+        )
+        return DelayedSubmission(BatchJob(self.directory, self.job, self.signal_delay_s))
+
+
+def submit(directory: Path, jobs: Sequence[Job], records: Mapping[str, Record], launcher: Launcher) -> None:
+    """Submit jobs, those of one kind that wait for the same ones as one array.
+
+    A job starts when all that it needs has ended, well or not (`afterany`): nothing can hang, and each job looks by
+    itself which of its cells have what they need.
+
+    Args:
+        directory: Of the sweep, absolute.
+        jobs: Neither done nor live, each after those it needs.
+        records: Of all jobs, by name.
+        launcher: What jobs ask for.
+    """
+    ids = {name: record.scheduler_id for name, record in records.items() if record.state in LIVE}
+    arrays: dict[tuple[bool, tuple[str, ...]], list[Job]] = defaultdict(list)
+    for job in jobs:
+        arrays[job.kind == "report", job.needs].append(job)
+    for (is_report, needs), members in arrays.items():
+        for job in members:
+            update_record(directory, job.name, lambda record, job=job: submitted(record, job, "slurm"))
+        waits_for = [known for need in needs if (known := ids.get(need))]
+        work = [BatchJob(str(directory), job.name, launcher.signal_delay_s) for job in members]
+        try:
+            executor = _executor(directory, launcher, waits_for, is_report=is_report)
+            with executor.batch():
+                handles = [executor.submit(each) for each in work]
+        except (RuntimeError, OSError) as error:  # submitit's errors are RuntimeErrors
+            for job in members:
+                update_record(directory, job.name, lambda record: given_back(record, "not submitted"))
+            raise StudyError(
+                f"SLURM takes no job: {error}", "mend launcher in the sweep file; ask SLURM: sinfo"
+            ) from error
+        for job, handle in zip(members, handles, strict=True):
+            ids[job.name] = slurm_id = handle.job_id
+            update_record(directory, job.name, lambda record, slurm_id=slurm_id: replace(record, scheduler_id=slurm_id))
+
+
+def _executor(directory: Path, launcher: Launcher, waits_for: Sequence[str], *, is_report: bool) -> AutoExecutor:
+    """An executor whose jobs ask for what the launcher says; the report needs no GPU and one core."""
+    cores = 1 if is_report else launcher.cpus_per_job
+    executor = AutoExecutor(
+        folder=directory / "jobs" / "slurm", cluster="slurm", slurm_max_num_timeout=launcher.max_timeouts
+    )
+    asked: dict[str, Any] = {
+        "name": "sae-report" if is_report else "sae-transfer",
+        "timeout_min": launcher.timeout_min,
+        "mem_gb": min(REPORT_MEM_GB, launcher.mem_gb) if is_report and launcher.mem_gb else launcher.mem_gb,
+        "cpus_per_task": cores,
+        "gpus_per_node": None if is_report else launcher.gpus_per_job or None,
+        "slurm_partition": launcher.partition,
+        "slurm_account": launcher.account,
+        "slurm_signal_delay_s": launcher.signal_delay_s,
+        "slurm_array_parallelism": launcher.array_parallelism,
+        "slurm_setup": list(launcher.setup) or None,
+        "slurm_dependency": f"afterany:{':'.join(waits_for)}" if waits_for else None,
+        # srun takes no number of cores from sbatch since SLURM 22.05
+        "slurm_srun_args": [f"--cpus-per-task={cores}"],
+        "slurm_additional_parameters": {"requeue": True, **launcher.slurm},
+    }
+    executor.update_parameters(**{key: value for key, value in asked.items() if value is not None})
+    return executor

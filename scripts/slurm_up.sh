@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# A SLURM of one node on this machine, for tests: loopback only, as root, without systemd and without accounting. State goes to
+# $SAE_TRANSFER_SLURM (default: a directory below the temporary one). SLURM's packages are installed where they are missing (Debian,
+# Ubuntu). Called again while it is up, it does nothing. Use it with the line it prints; stop it with scripts/slurm_down.sh.
+set -euo pipefail
+home="${SAE_TRANSFER_SLURM:-${TMPDIR:-/tmp}/sae-transfer-slurm}"
+export SLURM_CONF="$home/slurm.conf"
+node="$(hostname -s)"
+
+runs() { [[ -s "$home/run/$1.pid" ]] && kill -0 "$(cat "$home/run/$1.pid")" 2>/dev/null; }
+
+if [[ $EUID -ne 0 ]]; then
+    echo "A SLURM for tests needs root: its daemons start jobs as other users." >&2
+    exit 2
+fi
+
+# Packages.
+if ! command -v slurmctld >/dev/null || ! command -v slurmd >/dev/null || ! command -v sbatch >/dev/null || ! command -v munged >/dev/null; then
+    if ! command -v apt-get >/dev/null; then
+        echo "SLURM is not installed, and there is no apt-get: install slurmctld, slurmd, the client commands and munge." >&2
+        exit 2
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null
+fi
+
+# Containers may not resolve their own name.
+getent hosts "$node" >/dev/null || echo "127.0.0.1 $node" >>/etc/hosts
+
+# Two partitions: a job in `high` sends those in `low` back into the queue, after ten seconds to write a checkpoint. Memory and
+# cores are counted, nothing is confined. Ports are unusual ones, so that a real SLURM is not met.
+mkdir -p "$home"/{state,spool,log,run}
+chmod 755 "$home"
+cat >"$SLURM_CONF.new" <<CONF
+ClusterName=sae-transfer-tests
+SlurmctldHost=$node(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+AuthType=auth/munge
+# a job goes back into the queue only once its credential has expired
+AuthInfo=socket=$home/run/munge.sock,cred_expire=5
+CredType=cred/munge
+SlurmctldPort=26817
+SlurmdPort=26818
+StateSaveLocation=$home/state
+SlurmdSpoolDir=$home/spool
+SlurmctldPidFile=$home/run/slurmctld.pid
+SlurmdPidFile=$home/run/slurmd.pid
+SlurmctldLogFile=$home/log/slurmctld.log
+SlurmdLogFile=$home/log/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+DefMemPerCPU=100
+SchedulerType=sched/backfill
+SchedulerParameters=sched_min_interval=100000,bf_interval=2,batch_sched_delay=0
+ReturnToService=2
+InactiveLimit=0
+KillWait=5
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+NodeName=$node NodeAddr=127.0.0.1 CPUs=$(getconf _NPROCESSORS_ONLN) RealMemory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo) State=UNKNOWN
+PartitionName=low Nodes=$node Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
+PartitionName=high Nodes=$node MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+CONF
+mv "$SLURM_CONF.new" "$SLURM_CONF"
+
+# Daemons: who is who (munge, with a key of its own), the controller, the node.
+if ! runs munged; then
+    [[ -s "$home/run/munge.key" ]] || (umask 077 && head -c 1024 /dev/urandom >"$home/run/munge.key")
+    munged --force --key-file="$home/run/munge.key" --socket="$home/run/munge.sock" --pid-file="$home/run/munged.pid" \
+        --log-file="$home/log/munged.log" --seed-file="$home/run/munge.seed"
+fi
+runs slurmctld || slurmctld -f "$SLURM_CONF"
+runs slurmd || slurmd -f "$SLURM_CONF" -N "$node"
+
+# Wait until the node takes jobs; one that a former controller knew may come back as down.
+for _ in $(seq 150); do
+    state="$(sinfo --noheader --partition=low --format=%T 2>/dev/null || true)"
+    case "$state" in
+        idle | mixed | allocated | completing)
+            echo "export SLURM_CONF=$SLURM_CONF"
+            exit 0
+            ;;
+        down* | drain* | unknown*) scontrol update NodeName="$node" State=RESUME 2>/dev/null || true ;;
+    esac
+    sleep 0.2
+done
+echo "SLURM did not come up; its logs are in $home/log:" >&2
+tail -n 5 "$home"/log/*.log >&2
+exit 1

@@ -1,0 +1,161 @@
+"""Sweeps on this machine, with real jobs: processes of `sae-transfer`, seconds each."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from sae_transfer.errors import StudyError
+from sae_transfer.sweep import local
+from sae_transfer.sweep.run import cancel_sweep, describe, read_status, submit_sweep
+from sae_transfer.sweep.states import Fact, Record, read_record, update_record
+from tests.studies import cli, read_rows
+from tests.sweep.sweeps import write_sweep
+
+Pair = tuple[Path, Path]
+BASE_ONLY = {"tokens": 4096, "batch_size": 64, "lr": 1e-3, "scale_tokens": 2048, "models": ["base"]}
+ENDLESS = {**BASE_ONLY, "tokens": "1B"}
+
+
+def records(directory: Path) -> dict[str, Record]:
+    """State of every job, by kind: of these sweeps no kind has two that are looked at."""
+    jobs = json.loads((directory / "jobs.json").read_text())
+    return {job["kind"]: read_record(directory, job["name"]) for job in jobs}
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_alive(pid: int | None) -> bool:
+    try:
+        return Path(f"/proc/{pid}/status").read_text().find("State:\tZ") < 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_to_its_report_and_is_done_then(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32], [64]]}, train=BASE_ONLY)
+    out = tmp_path / "out"
+    done = cli("sweep", sweep, "--out", out, "--wait", "--slots", "2")
+    assert done.returncode == 0, done.stderr
+    assert str(out / "report" / "index.html") in done.stdout
+    shown = json.loads(cli("status", out, "--json").stdout)
+    assert shown["counts"] == {**dict.fromkeys(shown["counts"], 0), "done": 2}
+    assert list(shown["counts"]) == "pending submitted running done failed killed timeout lost".split()
+    assert {*shown["cells"][0]} == {"id", "state", "stage", "job", "message"}
+    assert len(read_rows(out / "report", "rows.csv")) == sum(len(read_rows(cell)) for cell in out.glob("cells/*")) > 0
+    assert len(list(out.glob("cells/*/saes/base-*/sae_weights.safetensors"))) == 2
+    assert submit_sweep(sweep, out) == 0
+
+
+@pytest.mark.slow
+def test_jobs_end_with_their_supervisor_and_go_on_when_asked(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32]]}, train=ENDLESS)
+    out = tmp_path / "out"
+    submitted = cli("sweep", sweep, "--out", out)
+    assert submitted.returncode == 0 and f"status {out}" in submitted.stdout
+    wait_until(lambda: records(out)["train-base"].state == "running")
+    assert local.is_supervised(out), "it outlives the command"
+    assert cli("sweep", sweep, "--out", out).stderr.startswith("0 jobs submitted, 3 live already")
+
+    # A supervisor that is killed takes its jobs with it, and what it leaves is told for what it is.
+    pid = records(out)["train-base"].pid
+    os.kill(int((out / "jobs" / "supervisor.pid").read_text()), signal.SIGKILL)
+    wait_until(lambda: not is_alive(pid))
+    (cell,) = read_status(out).cells
+    assert (cell.state, cell.stage) == ("killed", "train-base")
+    assert records(out)["evaluate"].state == records(out)["report"].state == "pending"
+
+    # The same command submits it again; cancelled, nothing runs any more.
+    assert submit_sweep(sweep, out) == 3
+    wait_until(lambda: records(out)["train-base"].state == "running")
+    pid = records(out)["train-base"].pid
+    assert cancel_sweep(out) == 3
+    assert not local.is_supervised(out) and not is_alive(pid)
+    assert read_status(out).counts["killed"] == 1
+    assert records(out)["train-base"].attempts == 1, "an attempt that its user ended does not count"
+
+
+def test_a_job_that_fails_keeps_what_needs_it_from_starting(llama_pair: Pair, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"other": "column"}\n')
+    sweep = write_sweep(tmp_path, llama_pair, text, {"saes.widths": [[32]]}, train=BASE_ONLY)
+    out = tmp_path / "out"
+    done = cli("sweep", sweep, "--out", out, "--wait")
+    assert done.returncode == 1, done.stderr
+    (cell,) = read_status(out).cells
+    assert (cell.state, cell.stage) == ("failed", "train-base")
+    assert "column" in cell.message and "\n  try: " in cell.message
+    assert records(out)["evaluate"].message.startswith("not started: train-base")
+    assert records(out)["report"].state == "done"
+    assert "column" in (out / "report" / "index.html").read_text()
+    again = cli("sweep", sweep, "--out", out)
+    assert "--retry-failed" in again.stderr and "0 jobs submitted" in again.stderr
+
+
+def test_two_sweep_commands_on_one_directory_do_not_meet(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, llama_pair, text_file)
+    out = tmp_path / "out"
+    (out / "jobs").mkdir(parents=True)
+    with FileLock(out / local.SWEEP_LOCK), pytest.raises(StudyError, match="another sweep command"):
+        submit_sweep(sweep, out)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("")
+    with pytest.raises(StudyError, match="not a sweep's directory"):
+        submit_sweep(sweep, other)
+    for verb in ("status", "cancel"):
+        refused = cli(verb, other)
+        assert refused.returncode == 2 and "is no sweep's directory" in refused.stderr
+
+
+def test_what_a_job_wrote_while_its_engine_was_asked_is_believed(
+    llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32]]})
+    out = tmp_path / "out"
+    submit_sweep(sweep, out, foreground=True)
+    name = next(job["name"] for job in json.loads((out / "jobs.json").read_text()) if job["kind"] == "evaluate")
+    asked = local.facts
+
+    def ask_slowly(directory: Path, live: Mapping[str, Record]) -> dict[str, Fact]:
+        facts = asked(directory, live)
+        update_record(directory, name, lambda record: replace(record, state="done"))
+        return facts
+
+    monkeypatch.setattr(local, "facts", ask_slowly)
+    read_status(out)
+    states = {kind: record.state for kind, record in records(out).items()}
+    assert states == {"train-base": "pending", "train-chat": "pending", "evaluate": "done", "report": "pending"}
+
+
+def test_a_dry_run_lists_jobs_and_costs_and_writes_nothing(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, llama_pair, text_file)
+    lines = list(describe(sweep, tmp_path / "out", tflops=1, gbps=10))
+    assert lines[0].startswith("4 cells, 9 jobs, engine local")
+    jobs = [line for line in lines if line.startswith("job ")]
+    assert len(jobs) == 9 and sum("2 cells, " in line for line in jobs) == 4
+    assert all("GiB on the device, at least" in line for line in jobs[:-1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_slots_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local.count_gpus() == 0
+    assert local.slot_environment(1, 2) == {"OMP_NUM_THREADS": "4"}
+    assert local.slot_environment(0, 16) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert local.count_gpus() == 2
+    assert [local.slot_environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["3", "5", "3"]
