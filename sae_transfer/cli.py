@@ -60,6 +60,17 @@ RetryLR = Annotated[
     ),
 ]
 
+On = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Estimate for h200, h100, a100-80, ... or cpu; unset: h100, or cpu if the study asks for it.",
+    ),
+]
+DeviceSpec = Annotated[
+    str | None, typer.Option(metavar="FIGURES", help="Another one: tflops=790,tflops_float32=54,gbps=4300,gib=141.")
+]
+
 
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -82,13 +93,8 @@ def run_demo(set_: Set = None, out: Out = None, device: Device = None, force: Fo
 def check(
     config: Config,
     set_: Set = None,
-    on: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="h200, h100, a100-80, ... or cpu; unset: h100, or cpu if asked for."),
-    ] = None,
-    device_spec: Annotated[
-        str | None, typer.Option(metavar="FIGURES", help="Another one: tflops=790,tflops_float32=54,gbps=4300,gib=141.")
-    ] = None,
+    on: On = None,
+    device_spec: DeviceSpec = None,
 ) -> None:
     """Say everything that is wrong with a study, what it will do and what it costs; no weights are loaded.
 
@@ -302,8 +308,8 @@ def sweep(
     slots: Annotated[
         int | None, typer.Option(min=1, help="Jobs at once of the engine local; unset: launcher.slots, else one a GPU.")
     ] = None,
-    tflops: Annotated[float, typer.Option(help="For --dry-run: matrix rate of the device, TFLOP/s.")] = 400.0,
-    gbps: Annotated[float, typer.Option(help="For --dry-run: memory bandwidth of the device, GB/s.")] = 3000.0,
+    on: On = None,
+    device_spec: DeviceSpec = None,
 ) -> None:
     """A grid of studies as jobs, on SLURM or this machine; again, it submits only what is neither done nor live.
 
@@ -312,7 +318,8 @@ def sweep(
     from sae_transfer.sweep import run as sweeps
 
     if dry_run:
-        for line in sweeps.describe(sweep_file, out, set_ or (), tflops=tflops, gbps=gbps):
+        device, gpu = choose_device(on, device_spec, asked="auto")
+        for line in sweeps.describe(sweep_file, out, set_ or (), device, gpu=gpu):
             typer.echo(line)
         return
     sweeps.submit_sweep(sweep_file, out, set_ or (), retry_failed=retry_failed, slots=slots, foreground=wait)

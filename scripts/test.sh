@@ -15,5 +15,13 @@ scripts/setup.sh
 # Types.
 .venv/bin/python -m pyright
 
+# One thread in each of several processes is faster than several threads in one.
+export OMP_NUM_THREADS=1
+
 # Tests. Last, so that the output ends with pytest's summary.
-.venv/bin/python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
+fi
+.venv/bin/python -m pytest -n auto --dist loadfile
+# By themselves, since they watch the time that real jobs take.
+.venv/bin/python -m pytest -m slurm

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sae_transfer.config import Study
-from sae_transfer.cost import ModelShape, estimate, hours, model_shape
+from sae_transfer.cost.device import Device
+from sae_transfer.cost.estimate import REALISED, estimate
+from sae_transfer.cost.shape import ModelShape, model_shape
 from sae_transfer.sweep.jobs import Job
 
 GIB = 2**30
@@ -16,21 +18,21 @@ class JobCost:
 
     Attributes:
         memory_gib: On the device at once.
-        hours: On the stated device, were it always busy.
+        hours: On the stated device, at the middle of what stages reach of its rates.
     """
 
     memory_gib: float
     hours: float
 
 
-def job_costs(jobs: Sequence[Job], studies: Mapping[str, Study], *, tflops: float, gbps: float) -> dict[str, JobCost]:
+def job_costs(jobs: Sequence[Job], studies: Mapping[str, Study], device: Device, *, gpu: bool) -> dict[str, JobCost]:
     """Estimate every job but the report.
 
     Args:
         jobs: The jobs.
         studies: Of their cells, by id.
-        tflops: Rate of matrix products of the device, 1e12 operations a second.
-        gbps: Its memory bandwidth, 1e9 bytes a second.
+        device: What they run on.
+        gpu: Whether that is a GPU.
 
     Returns:
         Costs by job.
@@ -47,7 +49,7 @@ def job_costs(jobs: Sequence[Job], studies: Mapping[str, Study], *, tflops: floa
         key = (together[0].pair, together[0].site)
         if key not in shapes:
             shapes[key] = _shape(together[0])
-        costs[job.name] = _job_cost(job, together, shapes[key], tflops, gbps)
+        costs[job.name] = _job_cost(job, together, shapes[key], device, gpu=gpu)
     return costs
 
 
@@ -60,15 +62,14 @@ def _shape(study: Study) -> ModelShape:
     return model_shape(checkpoints["base"].config)
 
 
-def _job_cost(job: Job, studies: Sequence[Study], shape: ModelShape, tflops: float, gbps: float) -> JobCost:
+def _job_cost(job: Job, studies: Sequence[Study], shape: ModelShape, device: Device, *, gpu: bool) -> JobCost:
     """Cells that train together cost what one study with the SAEs of all of them would."""
     groups = [group for study in studies for group in study.saes or ()]
     study = studies[0].model_copy(update={"saes": tuple(groups) or None})
     if job.kind in ("train-base", "train-chat"):
         side = job.kind.removeprefix("train-")
         study = study.model_copy(update={"train": study.train.model_copy(update={"models": (side,)})})
-    cost = estimate(study, shape, gpu=study.compute.device != "cpu")
-    time = hours(cost, tflops, gbps)
-    if job.kind == "evaluate":
-        return JobCost(cost.evaluation_memory.total / GIB, time.evaluation)
-    return JobCost(cost.training_memory.total / GIB, time.finetuning if job.kind == "finetune" else time.training)
+    names = {"evaluate": ("evaluation", "outliers"), "finetune": ("fine-tuning",)}.get(job.kind, ("training",))
+    stages = [stage for stage in estimate(study, shape, gpu=gpu).stages if stage.name in names]
+    most = max((stage.memory.total for stage in stages), default=0.0)
+    return JobCost(most / GIB, sum(stage.hours(device) for stage in stages) / REALISED[1])

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sae_transfer.cost.device import Device
 from sae_transfer.errors import StudyError
 from sae_transfer.study import write_text
 from sae_transfer.sweep import local, queue
@@ -67,17 +68,15 @@ def is_sweep(directory: Path) -> bool:
     return (directory / SWEEP_FILE).is_file()
 
 
-def describe(
-    path: Path, directory: Path, overrides: Sequence[str] = (), *, tflops: float, gbps: float
-) -> Iterator[str]:
+def describe(path: Path, directory: Path, overrides: Sequence[str], device: Device, *, gpu: bool) -> Iterator[str]:
     """The jobs of a sweep and what each will cost; nothing is written or submitted.
 
     Args:
         path: The sweep file.
         directory: Where it would go.
         overrides: `--set` arguments for every study.
-        tflops: Rate of matrix products of the device, 1e12 operations a second.
-        gbps: Its memory bandwidth, 1e9 bytes a second.
+        device: What the jobs run on.
+        gpu: Whether that is a GPU.
 
     Yields:
         Lines of text.
@@ -88,18 +87,18 @@ def describe(
     sweep = load_sweep(path)
     cells = expand(sweep, overrides)
     jobs = plan_jobs(cells, read_jobs(directory))
-    costs = job_costs(jobs, {cell.id: cell.study for cell in cells}, tflops=tflops, gbps=gbps)
+    costs = job_costs(jobs, {cell.id: cell.study for cell in cells}, device, gpu=gpu)
     yield f"{len(cells)} cells, {len(jobs)} jobs, engine {sweep.launcher.engine}, in {directory}"
     for cell in cells:
         yield f"cell  {cell.id}"
     for job in jobs:
         cost = costs.get(job.name)
-        words = f"{cost.memory_gib:,.2f} GiB on the device, at least {_duration(cost.hours)}" if cost else "seconds"
+        words = f"{cost.memory_gib:,.2f} GiB on the device, about {_duration(cost.hours)}" if cost else "seconds"
         state = read_record(directory, job.name).state
         cells_of = f"{len(job.cells)} cell{'s'[: len(job.cells) != 1]}"
         yield f"job   {job.name}: {cells_of}, {words}{'' if state == 'pending' else f'; {state} already'}"
     total = sum(cost.hours for cost in costs.values())
-    yield f"at least {_duration(total)} in all, one job after the other, at {tflops:g} TFLOP/s and {gbps:g} GB/s"
+    yield f"about {_duration(total)} in all on {device.name}, one job after the other"
 
 
 def submit_sweep(

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from sae_transfer.cost.device import find_device
 from sae_transfer.sweep.cells import Cell, expand
 from sae_transfer.sweep.costs import job_costs
 from sae_transfer.sweep.file import load_sweep
@@ -113,7 +114,7 @@ def test_a_job_costs_what_a_study_with_all_its_saes_would(llama_pair: Pair, text
     def hours_of(grid: dict[str, list[Any]]) -> dict[str, float]:
         cells = cells_of(tmp_path, llama_pair, text_file, grid, finetune=FINETUNE)
         jobs = plan_jobs(cells)
-        costs = job_costs(jobs, {cell.id: cell.study for cell in cells}, tflops=1e-3, gbps=1)
+        costs = job_costs(jobs, {cell.id: cell.study for cell in cells}, find_device("cpu"), gpu=False)
         return {job.kind: costs[job.name].hours for job in jobs if job.kind != "report"}
 
     apart, together = hours_of({"saes.widths": [[64], [128]]}), hours_of({"saes.widths": [[64, 128]]})

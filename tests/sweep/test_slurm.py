@@ -181,8 +181,8 @@ def live_numbers() -> set[str]:
 
 
 def test_what_fails_or_runs_out_of_time_stops_nothing_else_and_is_told_apart(tmp_path: Path) -> None:
-    # One cell trains for half an hour with a limit of a minute; of two others, which train together, one has an infinite
-    # loss.
+    # One cell trains for half an hour with a limit of a minute; of two others, which train together, one has an
+    # infinite loss.
     endless = write_sweep(
         tmp_path / "endless",
         {"train.models": [["base"]]},
