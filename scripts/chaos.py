@@ -199,9 +199,10 @@ def campaign(out: Path, rounds: int, rng: random.Random, targets: tuple[str, ...
         killed: set[str] = set()
         for target in targets:
             for _ in range(rng.choice((1, 2, 3, 4)) if rounds > len(targets) else 1):
-                if n_rounds < rounds:
-                    n_rounds += 1
-                    killed.add(one_round(root, study, target, lasts.get(target, 1.0), rng, counts, console))
+                if n_rounds < rounds and STAGES.index(stage_of(root)) <= STAGES.index(target):
+                    hit = one_round(root, study, target, lasts.get(target, 1.0), rng, counts, console)
+                    killed |= {hit} if hit else set()
+                    n_rounds += hit is not None
         n_lost = finish(root, study, console)
         differ = differences(root, reference)
         for stage in killed:
@@ -220,15 +221,17 @@ def campaign(out: Path, rounds: int, rng: random.Random, targets: tuple[str, ...
 
 def one_round(
     root: Path, study: Path, target: str, lasts: float, rng: random.Random, counts: dict[str, Count], console: Console
-) -> str:
-    """One kill, aimed at a stage; gives the stage that it hit."""
+) -> str | None:
+    """One kill, aimed at a stage; gives the stage that it hit, None if the run was over before."""
     before, saved = records(root), checkpointed(root)
     run = Run(study, root)
     code = run.wait(target)
-    number = rng.choice(SIGNALS)
+    number, delay = rng.choice(SIGNALS), rng.random() * min(lasts, LONGEST_S)
     if code is None:
-        time.sleep(rng.random() * min(lasts, LONGEST_S))
+        time.sleep(delay)
         code = run.kill(number)
+    elif code == 0:
+        return None
     stage = stage_of(root)
     count = counts[stage]
     count.kills += 1
