@@ -9,7 +9,8 @@ from sae_transfer.cost.estimate import REALISED, Stage, estimate
 from sae_transfer.cost.fit import fits, proposals
 from sae_transfer.cost.memory import Memory
 from sae_transfer.cost.shape import model_shape
-from sae_transfer.models.pair import resolve_pair
+from sae_transfer.errors import StudyError
+from sae_transfer.models.pair import Checkpoint, resolve_pair
 
 GIB = 2**30
 
@@ -26,12 +27,14 @@ def describe(study: Study, device: Device, *, gpu: bool) -> Iterator[str]:
         Lines of text.
 
     Raises:
-        StudyError: The pair does not agree, or lacks the site's layer.
+        StudyError: The pair does not agree, or lacks the site's layer or hook point.
     """
     pair = study.pair
     revisions = (pair.base_revision, pair.chat_revision)
     checkpoints, notes = resolve_pair((pair.base, pair.chat), revisions, study.site.hook_name, weights=False)
     base = checkpoints["base"]
+    if study.site.hook not in ("resid_pre", "resid_post"):  # which every decoder has
+        _refuse_missing_hook_point(base, study.site.hook_name)
     shape = model_shape(base.config)
     cost = estimate(study, shape, gpu=gpu)
 
@@ -72,6 +75,22 @@ def describe(study: Study, device: Device, *, gpu: bool) -> Iterator[str]:
         yield f"hours       {stage.name}: {_range(stage.hours(device))} ({_times(stage, device)})"
     total = cost.hours(device)
     yield f"hours       in all: {_range(total)}; at least {_duration(total)}, were the device always busy"
+
+
+def _refuse_missing_hook_point(checkpoint: Checkpoint, hook_name: str) -> None:
+    """Run the model without its weights, and see whether the hook fires; parallel blocks have no resid_mid."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sae_transfer.models.splice import BridgeSplicer
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.directory))
+    try:
+        BridgeSplicer(model.eval(), hook_name, checkpoint.directory)
+    except StudyError as error:
+        if str(error).startswith("site.hook"):  # some adapters need weights to split: no verdict then
+            raise
 
 
 def _gib(n_bytes: float) -> str:
