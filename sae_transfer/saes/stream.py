@@ -6,6 +6,7 @@ positions; its sequences run once (one that straddles two blocks runs in both), 
 of one block; of two where the next block is made while SAEs train on the present one.
 """
 
+import mmap
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -169,6 +170,9 @@ class ActivationStream:
             begin, end = np.searchsorted(places, [row * pos, (row + per_pass) * pos])
             chosen = torch.from_numpy(places[begin:end] - row * pos).to(self._device)
             torch.index_select(passed, 0, chosen, out=acts[begin:end])
+        if isinstance(self._sequences, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            # pages that were read count as this process's memory for as long as the mapping lasts
+            self._sequences._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue]
         return acts
 
 
