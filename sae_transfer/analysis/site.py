@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import Checkpoint, load_model
+from sae_transfer.models.passes import AtOnce, in_passes
 from sae_transfer.models.splice import Splicer, open_splicer
 from sae_transfer.progress import Meter
 
@@ -50,7 +51,7 @@ def collect_activations(
         splicer: The model cut at the site.
         sequences: Token ids `[seq pos]`.
         d_model: Width of the site.
-        batch_size: Sequences a pass.
+        batch_size: Most sequences a pass.
         device: Where the model is.
         path: A file for the activations, 4 bytes a value.
         progress: Told the number of sequences done.
@@ -59,17 +60,19 @@ def collect_activations(
         The activations and norms.
 
     Raises:
-        StudyError: An activation is not finite.
+        StudyError: An activation is not finite, or memory runs out, also with half as much at once.
     """
     acts = np.lib.format.open_memmap(path, "w+", np.float32, (*sequences.shape, d_model))
     reserve(path)
     norms = np.empty(sequences.shape)
-    for start in range(0, len(sequences), batch_size):
-        tokens = torch.from_numpy(sequences[start : start + batch_size].astype(np.int64)).to(device)
+
+    def run(rows: slice, at_once: AtOnce) -> None:
+        tokens = torch.from_numpy(sequences[rows].astype(np.int64)).to(device)
         batch = splicer.run_to(tokens).float()
-        norms[start : start + batch_size] = batch.norm(dim=-1).double().cpu().numpy()
-        acts[start : start + batch_size] = batch.cpu().numpy()
-        progress(min(start + batch_size, len(sequences)))
+        norms[rows] = batch.norm(dim=-1).double().cpu().numpy()
+        acts[rows] = batch.cpu().numpy()
+
+    in_passes(run, *sequences.shape, batch_size=batch_size, device=device, progress=progress)
     if not np.isfinite(norms).all():
         row, position = np.argwhere(~np.isfinite(norms))[0]
         raise StudyError(

@@ -53,7 +53,7 @@ class Splicer(Protocol):
 
 
 class Head:
-    """Unembedding: last hidden states to logits, a slice of positions at a time."""
+    """Unembedding: last hidden states to logits, a slice of the vocabulary at a time."""
 
     def __init__(self, model: Any) -> None:
         """Take the unembedding of a Hugging Face model.
@@ -66,14 +66,22 @@ class Head:
         self.bias: Float[Tensor, "d_vocab"] | None = output.bias  # noqa: UP037
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
-    def logits(self, hidden: Float[Tensor, "tok d_model"]) -> Float[Tensor, "tok d_vocab"]:
-        """Logits in float32.
+    @property
+    def d_vocab(self) -> int:
+        """Number of logits."""
+        return self.weight.shape[0]
+
+    def logits(self, hidden: Float[Tensor, "tok d_model"], tokens: slice = slice(None)) -> Float[Tensor, "tok d_vocab"]:
+        """Logits in the precision of the hidden states, at least float32; a new tensor.
 
         Args:
             hidden: Last hidden states, after the final norm.
+            tokens: Of the vocabulary, which logits.
         """
-        logits = nn.functional.linear(hidden, self.weight, self.bias).float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias[tokens].to(dtype)
+        logits = nn.functional.linear(hidden.to(dtype), self.weight[tokens].to(dtype), bias)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 class LayerSplicer:

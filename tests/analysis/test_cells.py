@@ -14,6 +14,7 @@ from sae_transfer.analysis.metrics import Bootstrap
 from sae_transfer.analysis.norms import counted_positions, is_outlier
 from sae_transfer.analysis.site import collect_activations
 from sae_transfer.models.pair import resolve
+from sae_transfer.models.passes import AtOnce
 from sae_transfer.models.splice import open_splicer
 from sae_transfer.saes.store import StoredSAE
 from tests.checkpoints import make_checkpoint
@@ -228,6 +229,48 @@ def test_batch_size_does_not_change_numbers(tmp_path: Path) -> None:
         for b in (1, 3)
     )
     assert one == pytest.approx(three, abs=2e-6)
+
+
+@pytest.mark.parametrize("hook", ["resid_pre", "attn_out"])
+def test_how_much_runs_at_once_does_not_change_numbers(
+    hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_checkpoint(tmp_path / "m")
+    saes = []
+    for architecture in ("standard", "topk", "jumprelu"):
+        path = save_inference(random_training_sae(architecture), tmp_path / architecture)
+        saes.append(stored(SAE.load_from_disk(path), 0.5, architecture))
+    threshold = 0.9 * norm_quantile(directory, 0.8)
+
+    def run(tokens: int, features: int, min_positions: int) -> dict[CellKey, CellSums]:
+        monkeypatch.setattr("sae_transfer.models.passes.AT_ONCE", {"cpu": AtOnce(tokens, features)})
+        monkeypatch.setattr("sae_transfer.analysis.cells.MIN_POSITIONS", min_positions)
+        site = f"blocks.1.hook_{hook}"
+        return evaluate(directory, tmp_path, saes, hook=site, threshold=threshold, scales=POLICIES)
+
+    # one sequence and one splice a pass, features of 7 positions; then all splices of a batch in one pass
+    little, much = run(1, 7 * 96, 1), run(10**6, 10**6, 256)
+    assert len(little) == 12
+    for key, cell in little.items():
+        assert np.array_equal(cell.alive, much[key].alive)
+        for name, sums in cell.sums.items():
+            np.testing.assert_allclose(sums, much[key].sums[name], rtol=1e-5, atol=3e-5, err_msg=f"{key} {name}")
+
+
+def test_a_live_feature_is_one_active_on_a_counted_position(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "m")
+    sae = SAE.load_from_disk(save_inference(random_training_sae("topk"), tmp_path / "sae"))
+    threshold = 0.9 * norm_quantile(directory, 0.2)
+    found = evaluate(directory, tmp_path, [stored(sae)], threshold=threshold, group_size=4)
+    x = torch.from_numpy(np.lib.format.open_memmap(tmp_path / "acts.npy").copy())
+    active = (sae.encode(x) > 0).numpy()
+    inside = (0.9 * x.norm(dim=-1) <= threshold).numpy()
+    for policy, mask in (("excluded", inside), ("kept", np.ones_like(inside))):
+        counted = active & mask[..., None]
+        expected = np.stack([counted[start : start + 4].any((0, 1)) for start in range(0, N_SEQ, 4)])
+        assert 0 < expected.mean() < 1
+        cell = found[CellKey("s", "matched", policy)]
+        assert np.array_equal(cell.alive, expected) and np.array_equal(cell.sums["l0"], counted.sum((1, 2)))
 
 
 def test_batch_averaging_takes_the_mean_of_each_batch(tmp_path: Path) -> None:
