@@ -1,0 +1,125 @@
+"""What checkpoints cost: seconds to write and to read one, and the share of training time at the default interval.
+
+    .venv/bin/python scripts/bench_checkpoint.py --d-in 1024 --widths 8192 32768 --json checkpoint.json
+
+The share is seconds of wall clock for a checkpoint of all SAEs of a stream (files written, hashed and synced to the disk
+that --directory is on) over `compute.checkpoint_every_min`. Resuming runs the present block of activations again, at most.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from bench import machine, say, table, write_json
+from sae_lens.config import SAETrainerConfig
+
+from sae_transfer.config import Compute
+from sae_transfer.saes.checkpoints import Checkpoints
+from sae_transfer.saes.trainer import FastTrainer
+from sae_transfer.saes.training import new_sae
+
+
+def trainer_of(d_in: int, width: int) -> FastTrainer:
+    """A trainer after one step, so that the optimizer has its moments."""
+    sae = new_sae(
+        "standard",
+        d_in=d_in,
+        d_sae=width,
+        sparsity_key="l1_coefficient",
+        sparsity_value=1,
+        seed=0,
+        sparsity_warmup_steps=0,
+        options={"apply_b_dec_to_input": False},
+        metadata={},
+        device="cpu",
+    )
+    config = SAETrainerConfig(
+        total_training_samples=64,
+        train_batch_size_samples=16,
+        lr=1e-4,
+        lr_end=1e-4,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=0,
+        lr_decay_steps=0,
+        device="cpu",
+        autocast=False,
+    )
+    trainer = FastTrainer(config, sae)
+    trainer.step(torch.randn(16, d_in, generator=torch.Generator().manual_seed(0)))
+    trainer.n_training_steps += 1
+    return trainer
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall clock."""
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def measure(trainer: FastTrainer, directory: Path, repeats: int) -> tuple[list[float], list[float], int]:
+    """Seconds of each write, seconds of each read, and the bytes of one checkpoint."""
+    checkpoints = Checkpoints(directory, {"benchmark": 0})
+    saved, read = [], []
+
+    def read_back() -> None:
+        found = checkpoints.load(1)
+        assert found is not None
+        found.restore(trainer)
+
+    for _ in range(repeats):
+        checkpoints.remove_all()
+        saved.append(seconds(lambda: checkpoints.save(trainer, 0, ())))
+        read.append(seconds(read_back))
+    return saved, read, sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    """Measure every width and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d-in", type=int, default=1024)
+    parser.add_argument("--widths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="on the disk to be measured; unset: a temporary one")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    interval = 60 * Compute().checkpoint_every_min
+    rows = []
+    for width in args.widths:
+        with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
+            saved, read, n_bytes = measure(trainer_of(args.d_in, width), Path(scratch), args.repeats)
+        rows.append(
+            {
+                "d_in": args.d_in,
+                "width": width,
+                "gib": n_bytes / 2**30,
+                "save_seconds": median(saved),
+                "save_seconds_min_max": [min(saved), max(saved)],
+                "resume_seconds": median(read),
+                "share_of_training": median(saved) / interval,
+            }
+        )
+    shown = [
+        [
+            str(row["width"]),
+            f"{row['gib']:.2f}",
+            f"{row['save_seconds']:.1f} ({row['save_seconds_min_max'][0]:.1f} to {row['save_seconds_min_max'][1]:.1f})",
+            f"{row['resume_seconds']:.1f}",
+            f"{row['share_of_training']:.2%}",
+        ]
+        for row in rows
+    ]
+    columns = ["width", "GiB", "save, s", "read back, s", f"of {interval / 60:g} min"]
+    say(table(columns, shown))
+    if args.json:
+        write_json(args.json, {"machine": machine(), "interval_seconds": interval, "checkpoints": rows})
+
+
+if __name__ == "__main__":
+    main()
