@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/bench_checkpoint.py --d-in 1024 --widths 8192 32768 --json checkpoint.json
 
-The share is seconds of wall clock for a checkpoint of all SAEs of a stream (files written, hashed and synced to the disk
-that --directory is on) over `compute.checkpoint_every_min`. Resuming runs the present block of activations again, at most.
+The share is seconds of wall clock for one checkpoint (files written, hashed and synced, to the disk of --directory)
+over `compute.checkpoint_every_min`. Resuming runs the present block of activations again, at most.
 """
 
 import argparse
