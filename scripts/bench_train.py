@@ -4,10 +4,12 @@
     python scripts/bench_train.py --part step --d-sae 4096 --d-model 256
 
 Part `run`: several widths on one model, from token ids to folded SAEs on disk. SAELens runs with its defaults (a run a
-width, HookedTransformer) and with the best settings we know (all widths in its multi-SAE runner, the Hugging Face model
-with nothing above the site, smaller batches of it). Everyone gets the same ids, initial weights, schedules and number
-of tokens for the norm; the initial weights change from round to round, and each round's SAEs are compared by their loss
-on held-out tokens. In SAELens's favour: its default of 1000 batches for the norm is cut to what we take, wandb is off.
+width, HookedTransformer) and with the best settings we know: all widths in its multi-SAE runner, the Hugging Face model
+with nothing above the site, smaller batches of it, and a mixing buffer of 500 sequences (with the default 20 its SAEs
+end with a loss one percent above ours, for want of shuffling). Everyone gets the same ids, initial weights, schedules
+and number of tokens for the norm. The initial weights change from round to round, and each round's SAEs are compared by
+their loss on held-out tokens. In SAELens's favour: its default of 1000 batches for the norm is cut to what we take, and
+wandb is off.
 
 Part `step`: steps of one wide standard SAE on activations made from a sparse dictionary. The checkpoint started from is
 that dictionary itself, with the encoder bias that gives the L0 asked for. Then the same from fresh weights.
@@ -95,7 +97,7 @@ class Ours:
 
     def __init__(self, setting: Setting) -> None:
         """Nothing is kept between rounds but the number of the next."""
-        self._setting, self._seed = setting, 0
+        self._setting, self._seed, self._calls = setting, 0, 0
 
     def __call__(self, n_steps: int | None = None) -> None:
         """One round: the norm, the training, the files."""
@@ -115,11 +117,21 @@ class Ours:
             drop_norm_above=None,
             device="cpu",
         )
-        where = {width: s.directory / f"ours-{width}" for width in args.widths}
+        self._calls += 1  # what a directory holds already is not trained again
+        where = {width: s.directory / f"ours-{self._calls}-{width}" for width in args.widths}
         about = {"trained_on": "base", "role": "trained", "sparsity_key": "", "sparsity_value": 0, "seed": self._seed}
-        trainees = [Trainee(where[width], s.sae(width, self._seed), about) for width in args.widths]
+        trainees = [Trainee(where[width], s.sae(width, self._seed), about, identity={}) for width in args.widths]
         schedule = Schedule(args.lr, 0.0, LR_DECAY)
-        train_saes(trainees, stream, schedule, norm_scale=norm_scale, autocast=False, device="cpu", label="ours")
+        train_saes(
+            trainees,
+            stream,
+            schedule,
+            norm_scale=norm_scale,
+            autocast=False,
+            device="cpu",
+            label="ours",
+            checkpoint_every_min=60,  # SAELens, too, writes none by default
+        )
         self._seed += n_steps == self._setting.n_steps
         self.trained = {width: SAE.load_from_disk(directory) for width, directory in where.items()}
 
@@ -165,6 +177,7 @@ class Theirs:
                     saes={name: sae.cfg for name, sae in saes.items()},
                     hook_names=self._hook,
                     store_batch_size_prompts=args.prompts,
+                    n_batches_in_buffer=args.buffer,
                     output_path=str(self._setting.directory / "tuned"),
                     **shared,
                 )
@@ -441,6 +454,9 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--l1", type=float, default=2.0)
     run.add_argument("--k", type=int, default=32)
     run.add_argument("--prompts", type=int, default=8, help="sequences a pass of the language model, SAELens tuned")
+    run.add_argument(
+        "--buffer", type=int, default=20, help="sequences in the mixing buffer, SAELens tuned; its default"
+    )
     step = parser.add_argument_group("part step")
     step.add_argument("--d-sae", type=int, default=8192)
     step.add_argument("--d-model", type=int, default=512)
