@@ -14,8 +14,8 @@ BLOCK_VALUES = 2**29  # activations of the training stream held at once: 2 GiB i
 PASS_TOKENS = 16_384  # tokens that run up to the site at once in training
 # While SAEs are evaluated: tokens of one pass of the model (a sequence at least), values of [tok d_sae] (256 tokens at
 # least), and of a tile of logits.
-EVALUATED_TOKENS, EVALUATED_FEATURES = {"cpu": 2**11, "gpu": 2**14}, {"cpu": 2**20, "gpu": 2**26}
-LOGITS = {"cpu": 2**18, "gpu": 2**26}
+EVALUATED_TOKENS, EVALUATED_FEATURES = {"cpu": 2**10, "gpu": 2**14}, {"cpu": 2**20, "gpu": 2**26}
+LOGITS = {"cpu": 2**19, "gpu": 2**26}
 # Elements of [tok d_sae] at once in a step by hand; [batch d_sae] alive at once in SAELens's autograd, which took 17 to
 # 21 GB at batch 4096 and width 131072.
 STEP_ELEMENTS, AUTOGRAD_ALIVE = {"cpu": 2**21, "gpu": 2**30}, 10

@@ -1,0 +1,37 @@
+"""The benchmarks run, in small; what they measure is asserted nowhere."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+SMALL = "--d-model 32 --heads 4 --kv-heads 2 --d-mlp 64 --layers 3 --site 1 --d-vocab 300 --context 64"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from Linux's kernel")
+@pytest.mark.parametrize(("form", "architecture"), [("mistral", "standard"), ("qwen2", "topk")])
+def test_the_evaluation_benchmark_finds_saelens_numbers(form: str, architecture: str, tmp_path: Path) -> None:
+    options = f"{SMALL} --saes 2 --d-sae 128 --repeats 2 --prompts 1 2 --form {form} --architecture {architecture}"
+    script = [sys.executable, str(SCRIPTS / "bench_eval.py"), *options.split(), "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["differences"]) == 3 and found["machine"]["threads"] == 1
+    assert all(len(side["runs"]) == 2 for side in found["seconds"].values())
+    assert "run_evals, defaults" in done.stdout
+
+
+def test_the_evaluation_benchmark_stops_at_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    bench_eval = importlib.import_module("bench_eval")
+    same = bench_eval.Values(3.0, 3.5, 5.0, 0.1, 0.75, 0.9, 30.0, 2.0)
+    other = bench_eval.Values(3.0, 3.5001, 5.0, 0.1, 0.75, 0.9, 30.0, 2.0)
+    bench_eval.check(bench_eval.differences([same], [same], [0.1]), "theirs")
+    with pytest.raises(SystemExit, match="ce_sae differs from theirs"):
+        bench_eval.check(bench_eval.differences([same], [other], [0.1]), "theirs")
+    with pytest.raises(SystemExit, match="kl differs"):
+        bench_eval.check(bench_eval.differences([same], [same], [0.1001]), "theirs")
