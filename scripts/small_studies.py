@@ -19,6 +19,17 @@ from sae_transfer.study_file import load_study
 
 # stage of the estimate -> verb that carries it out
 VERBS = {"training": "train", "evaluation": "cross-eval", "outliers": "outliers"}
+# What a child runs. It reads its own peak: the one that its parent is told (ru_maxrss) is never less than the parent's.
+CHILD = """
+import atexit, os, pathlib
+def write_peak():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith("VmHWM"))
+    pathlib.Path(os.environ["PEAK_FILE"]).write_text(kib)
+atexit.register(write_peak)
+from sae_transfer.cli import main
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,14 @@ def make_study(directory: Path, sizes: Mapping[str, int], keys: Mapping[str, Any
 
 def carry_out(path: Path, verb: str) -> Taken:
     """One verb on the CPU, in a process of its own."""
-    out = str(path.parent / "run")
-    command = [sys.executable, "-m", "sae_transfer", verb, str(path), "--out", out, "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    out, peak = path.parent / "run", path.parent / "peak"
+    arguments = [verb, str(path), "--out", str(out), "--device", "cpu"]
+    command = [sys.executable, "-c", CHILD, *arguments]
+    environment = {**os.environ, "PEAK_FILE": str(peak)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{' '.join(command)}\n{said}")
-    return Taken(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+        raise SystemExit(f"sae-transfer {' '.join(arguments)}\n{said}")
+    return Taken(usage.ru_utime + usage.ru_stime, int(peak.read_text(encoding="utf-8")) * 1024)
