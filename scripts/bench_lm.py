@@ -31,7 +31,7 @@ from sae_lens.training.activations_store import ActivationsStore
 
 from sae_transfer.models.pair import layers_to, load_model, resolve
 from sae_transfer.models.splice import Splicer, open_splicer
-from sae_transfer.saes.stream import SCALE_BATCH_TOKENS, run_sequences
+from sae_transfer.saes.stream import rows_per_pass, run_sequences
 
 DEFAULT_PROMPTS = 32  # `store_batch_size_prompts` of sae_lens 6.54
 RELATIVE = 1e-4
@@ -40,7 +40,7 @@ OURS = "sae_transfer"
 
 def ours(splicer: Splicer, tokens: NDArray[np.integer], device: str) -> Iterator[torch.Tensor]:
     """Activations `[batch pos d_model]` of all rows, in the passes of the training stream."""
-    rows = max(1, SCALE_BATCH_TOKENS // tokens.shape[1])
+    rows = rows_per_pass(tokens.shape[1], device)
     for row in range(0, len(tokens), rows):
         yield run_sequences(splicer, tokens[row : row + rows], device)
 

@@ -45,7 +45,7 @@ def study_file(tmp_path_factory: pytest.TempPathFactory, llama_pair: tuple[Path,
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 512 activations: 32 batches, 16 sequences that run in 4 passes."""
     monkeypatch.setattr(stream, "BLOCK_BYTES", 512 * 4 * 32)
-    monkeypatch.setattr(stream, "SCALE_BATCH_TOKENS", 128)
+    monkeypatch.setattr(stream, "CPU_PASS_TOKENS", 128)
 
 
 def saes_of(run: Path) -> dict[str, bytes]:

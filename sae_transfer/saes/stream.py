@@ -23,7 +23,8 @@ from sae_transfer.throughput import LANGUAGE_MODEL, SAE_STEP, Throughput
 
 # Of float32 activations. Part of the result (it says how far tokens are mixed), so not a matter of the machine at hand.
 BLOCK_BYTES = 2**31
-SCALE_BATCH_TOKENS = 16_384
+SCALE_BATCH_TOKENS = 16_384  # of one pass of the model on a GPU
+CPU_PASS_TOKENS = 2_048  # more than its caches hold is a sixth slower there, and three times the memory
 
 
 class _Block(NamedTuple):
@@ -163,7 +164,7 @@ class ActivationStream:
         """Activations at some places, counted over all positions of all sequences, ascending."""
         pos = self._sequences.shape[1]
         acts = torch.empty(len(places), self._d_model, dtype=self._splicer.head.weight.dtype, device=self._device)
-        per_pass = max(1, SCALE_BATCH_TOKENS // pos)
+        per_pass = rows_per_pass(pos, self._device)
         for row in range(places[0] // pos, places[-1] // pos + 1, per_pass):
             signals.check()  # a block can take minutes, more than a job has that is asked to stop
             passed = run_sequences(self._splicer, self._sequences[row : row + per_pass], self._device).flatten(0, 1)
@@ -176,6 +177,11 @@ class ActivationStream:
         return acts
 
 
+def rows_per_pass(pos: int, device: str) -> int:
+    """How many sequences of `pos` tokens the model reads at once."""
+    return max(1, (CPU_PASS_TOKENS if device == "cpu" else SCALE_BATCH_TOKENS) // pos)
+
+
 def run_sequences(splicer: Splicer, sequences: NDArray[np.integer], device: str) -> Float[Tensor, "batch pos d_model"]:
     """Activations at the site of token ids `[seq pos]`, as one pass."""
     return splicer.run_to(torch.from_numpy(sequences.astype(np.int64)).to(device))
@@ -186,7 +192,7 @@ def measure_norm_scale(splicer: Splicer, sequences: NDArray[np.integer], d_model
 
     Norms in float32, their sum in float64 (Conerly et al., April 2024).
     """
-    per_pass = max(1, SCALE_BATCH_TOKENS // sequences.shape[1])
+    per_pass = rows_per_pass(sequences.shape[1], device)
     total = sum(
         run_sequences(splicer, sequences[row : row + per_pass], device).float().norm(dim=-1).double().sum().item()
         for row in range(0, len(sequences), per_pass)
