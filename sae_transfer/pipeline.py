@@ -135,6 +135,7 @@ def _opened(
             name=study.name,
             config=study.model_dump(mode="json"),
             directory=root,
+            part=parts[0] if len(parts) == 1 else None,
         ) as tracker,
     ):
         found = {"identity": identity, "pair_differences": notes}

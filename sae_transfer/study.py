@@ -38,8 +38,8 @@ PARTS = ("base", "chat")
 LOCK_FILE = ".lock"
 # Written before the manifest; also what a killed process left of them while it wrote.
 OWN_EARLY_FILES = re.compile(
-    r"\.lock(-base|-chat)?|log\.txt(\.1)?|wandb|(study\.yaml|wandb\.json)"
-    r"|\.(study\.yaml|manifest\.json|wandb\.json)\.\w+"
+    r"\.lock(-base|-chat)?|log\.txt(\.1)?|wandb|(study\.yaml|wandb(-base|-chat)?\.json)"
+    r"|\.(study\.yaml|manifest\.json|wandb(-base|-chat)?\.json)\.\w+"
 )
 RECORDED_PACKAGES = ("sae-transfer", "sae-lens", "transformer-lens", "torch", "transformers", "datasets", "numpy")
 

@@ -14,7 +14,6 @@ logger = logging.getLogger(__name__)
 
 Mode = Literal["disabled", "offline", "online"]
 TIMEOUT_S = 60
-RUN_FILE = "wandb.json"
 
 
 class Tracker(Protocol):
@@ -79,9 +78,16 @@ class WandbTracker:
 
 @contextmanager
 def open_tracker(
-    mode: Mode, *, project: str, entity: str | None, name: str, config: Mapping[str, Any], directory: Path
+    mode: Mode,
+    *,
+    project: str,
+    entity: str | None,
+    name: str,
+    config: Mapping[str, Any],
+    directory: Path,
+    part: str | None = None,
 ) -> Iterator[Tracker]:
-    """Start tracking, and end it with the block. All processes that work in a run directory are one wandb run.
+    """Start tracking, and end it with the block. Processes that work in a run directory in turn are one wandb run.
 
     Online without a login or a network becomes offline, with a warning: nothing is lost, `wandb sync` sends it later.
 
@@ -91,7 +97,9 @@ def open_tracker(
         entity: wandb user or team; None takes wandb's default.
         name: Of the wandb run.
         config: The study.
-        directory: wandb's files go into `wandb/` below it; `wandb.json` keeps the run's id.
+        directory: wandb's files go into `wandb/` below it; `wandb.json` keeps its id.
+        part: `base` or `chat` in a process that trains that model's SAEs alone, maybe beside one for the other's: it has
+            a wandb run of its own, since two processes cannot write into one.
 
     Yields:
         The tracker.
@@ -101,19 +109,23 @@ def open_tracker(
         return
     import wandb
 
-    known = read_json(directory / RUN_FILE).get("id")
+    suffix = f"-{part}" if part else ""
+    id_file = directory / f"wandb{suffix}.json"
+    known = read_json(id_file).get("id")
     run_id = known or uuid.uuid4().hex[:8]
     if known is None:
-        write_json(directory / RUN_FILE, {"id": run_id})
+        write_json(id_file, {"id": run_id})
 
     def start(how: Mode) -> Any:
-        settings = wandb.Settings(silent=True, init_timeout=TIMEOUT_S)
+        # wandb would keep the git remote, with any credentials in its URL
+        settings = wandb.Settings(silent=True, init_timeout=TIMEOUT_S, disable_git=True)
         return wandb.init(
             project=project,
             entity=entity,
-            name=name,
+            name=f"{name}{suffix}",
             id=run_id,
             resume="allow",
+            reinit="create_new",  # studies that are trained together have a run each
             config=dict(config),
             dir=str(directory),
             mode=how,

@@ -136,3 +136,14 @@ def test_an_artifact_that_cannot_be_had_says_what_to_do(tmp_path: Path, monkeypa
     monkeypatch.setattr("wandb.Api", lambda timeout: (_ for _ in ()).throw(ConnectionError("no network")))
     with pytest.raises(StudyError, match="the wandb artifact cannot be had"):
         download_artifact("someone/project/sae:v0", tmp_path)
+
+
+def test_the_processes_of_base_and_chat_have_a_wandb_run_each(tmp_path: Path) -> None:
+    for part in ("base", "chat", "base"):
+        with open_tracker("offline", project="p", entity=None, name="n", config={}, directory=tmp_path, part=part):
+            pass
+    ids = [json.loads((tmp_path / f"wandb-{part}.json").read_text())["id"] for part in ("base", "chat")]
+    assert ids[0] != ids[1]
+    assert sorted(path.name.rsplit("-", 1)[1] for path in tmp_path.glob("wandb/offline-run-*")) == sorted(
+        [*ids, ids[0]]
+    )
