@@ -81,6 +81,12 @@ def train_together(
         StudyError: Something that the user can mend; SAEs that are finished stay.
     """
     _refuse_to_retry_nothing(studies, retry_lr)
+    without = [root for root, study in studies.items() if side and side not in study.train.models]
+    if without:
+        raise StudyError(
+            f"--model {side}: train.models of {without[0]} does not name it",
+            f"--set 'train.models=[{side}]', or leave it",
+        )
     parts = (side,) if side else PARTS
     with ExitStack() as stack:
         group = [

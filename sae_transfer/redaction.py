@@ -5,9 +5,12 @@ import os
 import re
 from collections.abc import Mapping
 
-# HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM
-_SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
-_URL_CREDENTIALS = re.compile(r"://[^/@\s]+@")
+# HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, PGPASSWORD; not TOKENIZERS_PARALLELISM
+_SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|KEY|SECRET|PAT|PASS|CREDENTIALS?)(_|$)|(TOKEN|APIKEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)$",
+    re.IGNORECASE,
+)
+_URL_CREDENTIALS = re.compile(r"://[^\s\"']*@")  # up to the last @, since a password may hold one
 _SHORTEST_SECRET = 8  # characters; shorter values would be found in innocent words
 
 

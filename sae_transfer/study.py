@@ -303,13 +303,15 @@ class RunDirectory:
         return self.root / "stages" / f"{stage}.json"
 
     def update_manifest(self, **entries: Any) -> None:
-        """Merge entries into manifest.json; versions, hardware and command are those of the present process."""
+        """Merge entries, and what they map, into manifest.json; versions and command are the present process's."""
         path = self.root / "manifest.json"
         with self.exclusively():
             manifest = read_json(path)
             manifest.update(_surroundings())
             manifest.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
-            manifest.update(entries)
+            for key, value in entries.items():
+                known = manifest.get(key)
+                manifest[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
             write_json(path, manifest)
 
 

@@ -98,8 +98,8 @@ def open_tracker(
         name: Of the wandb run.
         config: The study.
         directory: wandb's files go into `wandb/` below it; `wandb.json` keeps its id.
-        part: `base` or `chat` in a process that trains that model's SAEs alone, maybe beside one for the other's: it has
-            a wandb run of its own, since two processes cannot write into one.
+        part: `base` or `chat` in a process that trains that model's SAEs alone, maybe beside one for the other's: it
+            has a wandb run of its own, since two processes cannot write into one.
 
     Yields:
         The tracker.

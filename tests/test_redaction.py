@@ -16,8 +16,14 @@ def test_innocent_variables_are_left(name: str) -> None:
     assert redacted("a long value stays", {name: "long value"}) == "a long value stays"
 
 
-def test_credentials_in_urls_are_dropped() -> None:
-    assert redacted("clone https://me:secret@host/repo.git", {}) == "clone https://host/repo.git"
+@pytest.mark.parametrize("credentials", ["me:secret", "me:p@ss", "me:a/b"])
+def test_credentials_in_urls_are_dropped(credentials: str) -> None:
+    assert redacted(f"clone https://{credentials}@host/repo.git now", {}) == "clone https://host/repo.git now"
+
+
+@pytest.mark.parametrize("name", ["PGPASSWORD", "GITHUB_PAT", "DB_PASS", "APIKEY", "MY_SECRET_1"])
+def test_other_names_of_secrets_are_known(name: str) -> None:
+    assert redacted("with hush-hush-hush", {name: "hush-hush-hush"}) == f"with <{name}>"
 
 
 def test_log_records_are_redacted_with_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """SAELens's trainer with faster steps: its counters, schedules, statistics and saved state, the same numbers."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ class FastTrainer(SAETrainer[Any, Any]):
             What is known of the batch, before the update.
         """
         x = batch.to(self._device, self.sae.dtype)
-        with _tensor_cores(self._device):
+        with _tensor_cores.on(self._device):
             outcome = self._gradients(x)
         self._count(outcome.counts, len(x))
         self.optimizer.step()
@@ -116,15 +117,30 @@ class FastTrainer(SAETrainer[Any, Any]):
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
 
 
-@contextlib.contextmanager
-def _tensor_cores(device: torch.device) -> Iterator[None]:
-    """Float32 products of a GPU in TF32, inside only: evaluation is exact."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+class _TensorCores:
+    """Float32 products of a GPU in TF32 while a step runs, in one thread or several: evaluation is exact."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_steps, self._before = 0, "highest"
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        if device.type != "cuda":
+            yield
+            return
+        with self._lock:
+            if self._n_steps == 0:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("high")
+            self._n_steps += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_steps -= 1
+                if self._n_steps == 0:
+                    torch.set_float32_matmul_precision(self._before)
+
+
+_tensor_cores = _TensorCores()

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ EXPLODED = 100  # times the mean squared norm of a batch: an SAE that puts out n
 BATCHTOPK_SETTLED_STEPS = 400
 # Warm-up of the sparsity coefficient has another name in each architecture; top-k ones have none.
 SPARSITY_WARMUP_KEYS = {"standard": "l1_warm_up_steps", "gated": "l1_warm_up_steps", "jumprelu": "l0_warm_up_steps"}
+
+_SEEDING = threading.Lock()  # the random state that SAELens draws from is the process's, and trainings run in threads
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,10 @@ def new_sae(
         metadata=SAEMetadata(**metadata),
         **{sparsity_key: value, **warmup, **options},
     )
-    with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that every device starts from the same weights
+    with (
+        _SEEDING,
+        torch.random.fork_rng(devices=[]),
+    ):  # drawn on the CPU, so that every device starts from the same weights
         torch.manual_seed(seed)
         sae = sae_class(config)
     config.device = device
@@ -246,6 +252,7 @@ def discard_sae(directory: Path) -> None:
         directory: `saes/<id>`.
     """
     (directory / PROVENANCE_FILE).unlink(missing_ok=True)
+    (directory / LOG_FILE).unlink(missing_ok=True)  # a new curve, none of which has been told to anyone
     Checkpoints(directory, {}).remove_all()
 
 
