@@ -11,7 +11,7 @@ from sae_transfer.cost.work import BY_HAND, BYTES, Precision, is_sparse
 LIBRARIES = {"cpu": 0.6 * 2**30, "gpu": 2**30}
 TRAINED_BYTES = 16  # a parameter: weight, gradient and two moments, float32
 BLOCK_VALUES = 2**29  # activations of the training stream held at once: 2 GiB in float32
-PASS_TOKENS = 16_384  # tokens that run up to the site at once in training
+PASS_TOKENS = {"cpu": 2_048, "gpu": 16_384}  # that run up to the site at once in training
 # While SAEs are evaluated: tokens of one pass of the model (a sequence at least), values of [tok d_sae] (256 tokens at
 # least), and of a tile of logits.
 EVALUATED_TOKENS, EVALUATED_FEATURES = {"cpu": 2**10, "gpu": 2**14}, {"cpu": 2**20, "gpu": 2**26}
@@ -81,7 +81,7 @@ def training_memory(
     # a GPU has the next block already
     block = positions * (shape.d_model * n_bytes + 8) * (2 if gpu else 1) + 4 * 4 * batch_size * shape.d_model
     context = study.tokens.context_size
-    n_at_once = min(max(1, PASS_TOKENS // context) * context, n_tokens + context)
+    n_at_once = min(max(1, PASS_TOKENS["gpu" if gpu else "cpu"] // context) * context, n_tokens + context)
     return Memory(
         libraries=LIBRARIES["gpu" if gpu else "cpu"],
         model=weights_bytes(shape, study.site.n_layers_below, n_bytes),

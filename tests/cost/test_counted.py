@@ -9,7 +9,7 @@ from sae_transfer.saes import gradients, steps, stream
 
 def test_what_is_counted_is_what_the_code_holds_at_once() -> None:
     assert memory.BLOCK_VALUES * 4 == stream.BLOCK_BYTES
-    assert memory.PASS_TOKENS == stream.SCALE_BATCH_TOKENS
+    assert {"cpu": stream.CPU_PASS_TOKENS, "gpu": stream.SCALE_BATCH_TOKENS} == memory.PASS_TOKENS
     assert {"cpu": gradients.BLOCK_ELEMENTS["cpu"], "gpu": gradients.BLOCK_ELEMENTS["cuda"]} == memory.STEP_ELEMENTS
     assert {"cpu": steps.SPARSE_BELOW["cpu"], "gpu": steps.SPARSE_BELOW["cuda"]} == work.SPARSE_BELOW
 
