@@ -18,9 +18,9 @@ ADAM_BYTES = 28  # a parameter and step: weight, gradient and two moments read, 
 # Values read and written by one of Hugging Face's decoder layers outside its products: two norms and two residual sums
 # (in units of d_model), rotary embeddings and attention (of the heads' width), activation and gate (of d_mlp).
 LAYER_VALUES = (30, 25, 8)
-# The same for a logit (made, searched for the maximum, shifted, exponentiated and summed), and for a feature in a step
-# by hand, and in SAELens's autograd.
-LOGIT_VALUES, STEP_VALUES, AUTOGRAD_VALUES = 8, 14, 30
+# The same for a logit (made, searched for the maximum, shifted, exponentiated and summed; its tile stays in a CPU's
+# cache, so half of it counts), and for a feature in a step by hand, and in SAELens's autograd.
+LOGIT_VALUES, STEP_VALUES, AUTOGRAD_VALUES = 4, 14, 30
 # The same for an activation: by the stream (into its block, out of it, scaled), and around an SAE's step.
 STREAM_VALUES, AROUND_STEP_VALUES = 6, 8
 EVALUATED_VALUES = 6  # of a feature while an SAE is evaluated
