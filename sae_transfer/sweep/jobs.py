@@ -111,18 +111,15 @@ def _jobs_of(members: Sequence[Cell]) -> list[Job]:
 
 
 def _shared(study: Study) -> str:
-    """Equal for studies whose SAEs can train on one stream: the same models, site, token set and order of batches."""
-    train, tune = study.train, study.finetune
+    """Equal for studies whose SAEs can train on one stream: the same models, site, tokens, batches and schedules."""
+    tune = study.finetune
     tuned: dict[str, Any] | None = None
     if tune is not None:
         instruct = study.instruct.model_dump(mode="json") if study.instruct and tune.data == "rollouts" else None
-        tuned = {**tune.model_dump(mode="json", include={"tokens", "data", "batch_size"}), "instruct": instruct}
+        tuned = {**tune.model_dump(mode="json", exclude={"control"}), "instruct": instruct}
     return digest(
         {
-            **study.model_dump(mode="json", include={"pair", "site", "tokens", "norm_scale", "compute"}),
-            "train": train.model_dump(
-                mode="json", include={"models", "tokens", "batch_size", "scale_tokens", "drop_norm_above"}
-            ),
+            **study.model_dump(mode="json", include={"pair", "site", "tokens", "norm_scale", "compute", "train"}),
             "trains": study.saes is not None,
             "held out": study.evaluate.tokens,
             "finetune": tuned,

@@ -25,7 +25,7 @@ def of_kind(jobs: list[Job], kind: str) -> list[Job]:
 def test_cells_that_can_share_a_stream_train_in_one_job_and_are_evaluated_alone(
     llama_pair: Pair, text_file: Path, tmp_path: Path
 ) -> None:
-    grid = {"site.layer": [0, 1], "saes.widths": [[64], [128]], "train.lr": [1e-3, 1e-4]}
+    grid = {"site.layer": [0, 1], "saes.widths": [[64], [128]], "saes.seeds": [[0], [1]]}
     cells = cells_of(tmp_path, llama_pair, text_file, grid, finetune=FINETUNE)
     jobs = plan_jobs(cells)
     layer = {cell.id: cell.study.site.layer for cell in cells}
@@ -48,8 +48,11 @@ def test_cells_that_can_share_a_stream_train_in_one_job_and_are_evaluated_alone(
         ("evaluate.tokens", [1024, 2048], 2),  # held out first, so that the training tokens are others
         ("finetune.tokens", [[1024], [2048]], 2),
         ("pair.dtype", ["float32", "bfloat16"], 2),
-        ("train.lr", [1e-3, 1e-4], 1),
-        ("train.l1_warmup", [0, 0.1], 1),
+        ("train.lr", [1e-3, 1e-4], 2),  # one schedule a stream
+        ("train.lr_decay", [0, 0.1], 2),
+        ("train.l1_warmup", [0, 0.1], 2),
+        ("finetune.lr_warmup", [0, 0.1], 2),
+        ("finetune.lr_decay", [0, 0.1], 2),
         ("saes.seeds", [[0], [1]], 1),
         ("finetune.control", [True, False], 1),
         ("evaluate.scale", [["matched"], ["raw"]], 1),
