@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sae_transfer.errors import StudyError
 from sae_transfer.signals import PARENT_VARIABLE, Stopped
+from sae_transfer.study import write_text
 from sae_transfer.sweep.child import POLL_S, Child, start
 from sae_transfer.sweep.jobs import Job, read_jobs
 from sae_transfer.sweep.states import LIVE, Fact, Record, read_record, submitted, update_record
@@ -19,6 +22,7 @@ from sae_transfer.sweep.states import LIVE, Fact, Record, read_record, submitted
 logger = logging.getLogger(__name__)
 
 SWEEP_LOCK = ".sweep.lock"  # held while a sweep command changes the directory
+FIND_WITHIN_S = 5.0  # a supervisor says its number as soon as it has its lock
 STOP_WITHIN_S = 120.0  # the checkpoint of the largest SAEs takes a minute on a slow disk
 
 
@@ -27,15 +31,18 @@ def count_gpus() -> int:
     return len(_gpus())
 
 
-def submit(directory: Path, jobs: Sequence[Job], slots: int) -> None:
-    """Mark jobs for the supervisor. It runs once `supervise` is called, or after `start_supervisor`.
+def set_slots(directory: Path, slots: int) -> None:
+    """Say how many jobs the supervisor runs at once."""
+    write_text(directory / "jobs" / "slots", str(slots))
+
+
+def submit(directory: Path, jobs: Sequence[Job]) -> None:
+    """Mark jobs for the supervisor, which is at work, or whose lock is claimed.
 
     Args:
-        directory: Of the sweep.
+        directory: Of the sweep; its lock is held, so that the supervisor cannot end meanwhile.
         jobs: Neither done nor live.
-        slots: Jobs at once.
     """
-    (directory / "jobs" / "slots").write_text(str(slots))
     for job in jobs:
         update_record(directory, job.name, lambda record, job=job: submitted(record, job, "local"))
 
@@ -79,18 +86,40 @@ def start_supervisor(directory: Path) -> None:
 
 
 def cancel(directory: Path) -> None:
-    """Have the supervisor stop its jobs, which write their checkpoints, and wait until it has ended."""
-    if is_supervised(directory):
-        os.kill(int((directory / "jobs" / "supervisor.pid").read_text()), signal.SIGTERM)
+    """Have the supervisor stop its jobs, which write their checkpoints, and wait until it has ended.
+
+    Raises:
+        StudyError: It is not a process of this machine.
+    """
+    deadline, pid = time.monotonic() + FIND_WITHIN_S, None
     while is_supervised(directory):
+        if pid is None and (pid := _supervisor(directory)) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        if pid is None and time.monotonic() > deadline:
+            raise StudyError(
+                f"{directory}: the process that runs its jobs is not on this machine",
+                "cancel it on the machine it is on",
+            )
         time.sleep(POLL_S)
 
 
-def supervise(directory: Path) -> None:
-    """Run submitted jobs until none is left, also those submitted meanwhile; nothing where a supervisor is at work.
+def claim(directory: Path) -> FileLock | None:
+    """Take the supervisor's lock, for `supervise`; None where a supervisor is at work."""
+    lock = _supervisor_lock(directory)
+    try:
+        lock.acquire(timeout=5)  # who asks whether one is at work holds it for a moment
+    except Timeout:
+        return None
+    return lock
+
+
+def supervise(directory: Path, lock: FileLock) -> None:
+    """Run submitted jobs until none is left, also those submitted meanwhile.
 
     Args:
         directory: Of the sweep.
+        lock: As `claim` gave it; it is let go at the end.
 
     Raises:
         Stopped: SIGTERM or Ctrl-C; the jobs were stopped, and have written their checkpoints.
@@ -101,12 +130,7 @@ def supervise(directory: Path) -> None:
         nonlocal asked
         asked = asked or number
 
-    lock = _supervisor_lock(directory)
-    try:
-        lock.acquire(timeout=5)  # who asks whether one is at work holds it for a moment
-    except Timeout:
-        return
-    (directory / "jobs" / "supervisor.pid").write_text(str(os.getpid()))
+    write_text(_pid_file(directory), str(os.getpid()))
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     slots: dict[int, Child | None] = {}
     try:
@@ -122,7 +146,7 @@ def supervise(directory: Path) -> None:
         _stop(slots)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        lock.release()
+        _leave(directory, lock)
 
 
 def slot_environment(slot: int, slots: int) -> dict[str, str]:
@@ -146,6 +170,32 @@ def _gpus() -> list[str]:
 
 def _supervisor_lock(directory: Path) -> FileLock:
     return FileLock(directory / "jobs" / "supervisor.lock")
+
+
+def _pid_file(directory: Path) -> Path:
+    return directory / "jobs" / "supervisor.pid"
+
+
+def _leave(directory: Path, lock: FileLock) -> None:
+    """Let go of the lock, once; from then on the file of the number may be another's."""
+    if lock.is_locked:
+        _pid_file(directory).unlink(missing_ok=True)
+        lock.release()
+
+
+def _supervisor(directory: Path) -> int | None:
+    """Number of the supervisor's process on this machine; None while it has not said it, or where it is not here."""
+    try:
+        pid = int(_pid_file(directory).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    if not Path("/proc/self").exists():
+        return pid
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return None
+    return pid if "sae_transfer" in command or "sae-transfer" in command else None
 
 
 def _collect(slots: dict[int, Child | None]) -> None:
@@ -181,7 +231,7 @@ def _ended(directory: Path, lock: FileLock) -> bool:
             jobs = read_jobs(directory)
             if any(read_record(directory, job.name).state == "submitted" for job in jobs):
                 return False
-            lock.release()
+            _leave(directory, lock)
             return True
     except Timeout:
         return False
@@ -201,6 +251,7 @@ def _stop(slots: dict[int, Child | None]) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        supervise(Path(sys.argv[1]))
+        if (claimed := claim(Path(sys.argv[1]))) is not None:
+            supervise(Path(sys.argv[1]), claimed)
     except Stopped as stop:
         sys.exit(stop.exit_code)

@@ -118,13 +118,14 @@ def submit_sweep(
         overrides: `--set` arguments for every study.
         retry_failed: Also what failed or has used its attempts.
         slots: Jobs at once of the engine local; None: as the launcher says.
-        foreground: Leave it to `wait` to run the jobs of the engine local.
+        foreground: Run the jobs of the engine local here, and return when none is left.
 
     Returns:
         How many jobs were submitted.
 
     Raises:
         StudyError: Something is wrong with the sweep, a cell or the directory; nothing was submitted.
+        Stopped: Ctrl-C or SIGTERM; jobs that run here have written their checkpoints.
     """
     sweep = load_sweep(path)
     cells = expand(sweep, overrides)
@@ -143,11 +144,14 @@ def submit_sweep(
         )
         for name, reason in held.items():
             logger.warning("%s: not submitted: %s", name, reason)
+        lock = local.claim(directory) if foreground and chosen and sweep.launcher.engine == "local" else None
         if chosen:
             _withdraw_report(directory, records)
             _hand_over(directory, chosen, records, sweep.launcher, slots, foreground)
     live = sum(record.state in LIVE for record in records.values())
     logger.info("%d jobs submitted, %d live already, %d held back", len(chosen), live, len(held))
+    if lock is not None:
+        local.supervise(directory, lock)
     return len(chosen)
 
 
@@ -183,8 +187,8 @@ def wait(directory: Path, every_s: float | None = None) -> Status:
     """
     directory = directory.absolute()
     launcher = read_launcher(directory / SWEEP_FILE)
-    if launcher.engine == "local":
-        local.supervise(directory)
+    if launcher.engine == "local" and (lock := local.claim(directory)) is not None:
+        local.supervise(directory, lock)
     said = None
     while True:
         status = read_status(directory)
@@ -247,9 +251,11 @@ def _hand_over(
             ) from error
         slurm.submit(directory, jobs, records, launcher)
         return
-    local.submit(directory, jobs, slots or launcher.slots or local.count_gpus() or 1)
+    local.set_slots(directory, slots or launcher.slots or local.count_gpus() or 1)
     if not foreground:
+        # before there are jobs for it: those that nobody supervises are taken back by whoever looks
         local.start_supervisor(directory)
+    local.submit(directory, jobs)
 
 
 def _withdraw_report(directory: Path, records: dict[str, Record]) -> None:

@@ -3,8 +3,9 @@
 import json
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from filelock import FileLock
 from sae_transfer.cost.device import find_device
 from sae_transfer.errors import StudyError
 from sae_transfer.sweep import local
+from sae_transfer.sweep.jobs import Job
 from sae_transfer.sweep.run import cancel_sweep, describe, read_status, submit_sweep
 from sae_transfer.sweep.states import Fact, Record, read_record, update_record
 from tests.studies import cli, read_rows
@@ -126,6 +128,7 @@ def test_what_a_job_wrote_while_its_engine_was_asked_is_believed(
 ) -> None:
     sweep = write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32]]})
     out = tmp_path / "out"
+    monkeypatch.setattr(local, "supervise", lambda _, lock: lock.release())
     submit_sweep(sweep, out, foreground=True)
     name = next(job["name"] for job in json.loads((out / "jobs.json").read_text()) if job["kind"] == "evaluate")
     asked = local.facts
@@ -139,6 +142,40 @@ def test_what_a_job_wrote_while_its_engine_was_asked_is_believed(
     read_status(out)
     states = {kind: record.state for kind, record in records(out).items()}
     assert states == {"train-base": "pending", "train-chat": "pending", "evaluate": "done", "report": "pending"}
+
+
+@pytest.mark.parametrize("foreground", [True, False])
+def test_jobs_are_marked_only_once_they_are_supervised(
+    foreground: bool, llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32]]}, train=ENDLESS)
+    out = tmp_path / "out"
+    mark, seen = local.submit, []
+
+    def mark_and_look(directory: Path, jobs: Sequence[Job]) -> None:
+        mark(directory, jobs)
+        seen.append(read_status(directory).counts["pending"])
+
+    monkeypatch.setattr(local, "submit", mark_and_look)
+    monkeypatch.setattr(local, "supervise", lambda _, lock: lock.release())
+    submit_sweep(sweep, out, foreground=foreground)
+    local.cancel(out)
+    assert seen == [0], "who looks meanwhile takes nothing back"
+    assert not (out / "jobs" / "supervisor.pid").exists()
+
+
+def test_a_number_that_is_another_process_now_is_not_sent_a_signal(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / "jobs" / "supervisor.pid").write_text(str(other.pid))
+        lock = local.claim(tmp_path)
+        assert lock is not None
+        with pytest.raises(StudyError, match="not on this machine"):
+            local.cancel(tmp_path)
+        lock.release()
+        local.cancel(tmp_path)
+        assert other.poll() is None
+        other.kill()
 
 
 def test_a_dry_run_lists_jobs_and_costs_and_writes_nothing(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:
