@@ -214,13 +214,14 @@ def cancel_sweep(directory: Path) -> int:
     directory = directory.absolute()
     with _locked(directory):
         live = {name: record for name, record in _reconciled(directory, read_jobs(directory)).items() if _live(record)}
-        for name in live:
-            update_record(directory, name, _cancelled)
+        # first where they are: a record says that a job is cancelled only once it is
         queue.cancel(
             record.scheduler_id for record in live.values() if record.engine == "slurm" and record.scheduler_id
         )
-    if any(record.engine == "local" for record in live.values()):
-        local.cancel(directory)
+        if any(record.engine == "local" for record in live.values()):
+            local.cancel(directory)
+        for name in live:
+            update_record(directory, name, _cancelled)
     return len(live)
 
 
@@ -310,6 +311,8 @@ def _cancelled(record: Record) -> Record:
     """What waits is pending again; what runs writes its own end. An attempt that its user ended does not count."""
     if record.state == "submitted":
         return given_back(record, "cancelled")
+    if record.state not in ("running", "killed"):
+        return record  # it came to its own end first
     return replace(record, attempts=max(0, record.attempts - 1), message="cancelled")
 
 

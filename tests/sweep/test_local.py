@@ -197,3 +197,24 @@ def test_slots_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert local.count_gpus() == 2
     assert [local.slot_environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["3", "5", "3"]
+
+
+def test_jobs_that_cannot_be_cancelled_stay_as_they_are(
+    llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32]]})
+    out = tmp_path / "out"
+    monkeypatch.setattr(local, "supervise", lambda _, lock: lock.release())
+    submit_sweep(sweep, out, foreground=True)
+
+    def refuse(_: Path) -> None:
+        raise StudyError("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "cancel", refuse)
+        lock = local.claim(out)
+        assert lock is not None
+        with pytest.raises(StudyError, match="no answer"):
+            cancel_sweep(out)
+        assert {record.state for record in records(out).values()} == {"submitted"}
+        lock.release()
