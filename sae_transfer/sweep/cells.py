@@ -53,6 +53,8 @@ def expand(sweep: SweepFile, overrides: Sequence[str] = ()) -> list[Cell]:
     Raises:
         StudyError: Everything wrong with any cell, a line each, or two cells that are the same.
     """
+    if bare := [text for text in overrides if "=" not in text]:
+        raise StudyError(f"--set {bare[0]}: needs KEY=VALUE", "such as --set evaluate.tokens=8192")
     given = {text.partition("=")[0].strip() for text in overrides}
     if both := sorted(given & set(sweep.grid)):
         raise StudyError(f"--set {both[0]}: is a key of the grid", "change the grid, or leave the --set out")
@@ -108,9 +110,22 @@ def freeze(cells: Sequence[Cell], directory: Path) -> None:
 
 
 def read_cells(directory: Path) -> list[dict[str, Any]]:
-    """The cells asked for, as in cells.json: id, study and settings; none before the first sweep."""
+    """The cells asked for, as in cells.json: id, study and settings; none before the first sweep.
+
+    Raises:
+        StudyError: The file is damaged.
+    """
     path = directory / "cells.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))
+        is_whole = all({"id", "study", "settings"} <= set(cell) for cell in cells)
+    except (ValueError, TypeError):
+        is_whole, cells = False, []
+    if not is_whole:
+        raise StudyError(f"{path}: is damaged", "another --out DIR, or put the file back as it was")
+    return cells
 
 
 def cell_directory(directory: Path, cell: str) -> Path:

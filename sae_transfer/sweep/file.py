@@ -82,7 +82,7 @@ def load_sweep(path: Path | str) -> SweepFile:
     """
     path = Path(path)
     raw, problems = read_mapping(path)
-    beside, remedy = path.absolute().parent, f"mend this, then: sae-transfer sweep {path} --dry-run"
+    beside, remedy = path.absolute().parent, f"mend this, then: sae-transfer sweep {path} --out DIR --dry-run"
     launcher = raw.get("launcher")
     if isinstance(launcher, str):
         found = _found(launcher, beside)

@@ -171,3 +171,16 @@ def test_cells_are_frozen_once_and_a_sweep_only_grows(
     other.write_text("other words")
     with pytest.raises(StudyError, match="another tokens"):
         freeze(cells_of(tmp_path, llama_pair, other, {"site.layer": [0, 1, 2]}), out)
+
+
+def test_an_override_without_a_value_is_told_as_such(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, llama_pair, text_file, {"train.lr": [1e-3, 1e-4]}))
+    with pytest.raises(StudyError, match=r"--set train\.lr: needs KEY=VALUE"):
+        expand(sweep, ["train.lr"])
+
+
+def test_a_remedy_names_a_command_that_can_be_typed(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("study: []\n")
+    with pytest.raises(StudyError, match=r"sae-transfer sweep .* --out DIR --dry-run"):
+        load_sweep(path)
