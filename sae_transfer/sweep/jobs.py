@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sae_transfer.config import Study
+from sae_transfer.errors import StudyError
 from sae_transfer.study import digest, write_json
 from sae_transfer.sweep.cells import Cell, cell_directory, slug
 
@@ -81,14 +82,26 @@ def write_jobs(jobs: Sequence[Job], directory: Path) -> None:
 
 
 def read_jobs(directory: Path) -> list[Job]:
-    """The graph as last written; none before the first sweep."""
+    """The graph as last written; none before the first sweep.
+
+    Raises:
+        StudyError: The file is damaged.
+    """
     path = directory / "jobs.json"
     if not path.exists():
         return []
-    return [
-        Job(job["name"], job["kind"], *(tuple(job[key]) for key in ("cells", "needs", "stages")))
-        for job in json.loads(path.read_text(encoding="utf-8"))
-    ]
+    try:
+        jobs = [
+            Job(job["name"], job["kind"], *(tuple(job[key]) for key in ("cells", "needs", "stages")))
+            for job in json.loads(path.read_text(encoding="utf-8"))
+        ]
+        by_name = {job.name: job for job in jobs}
+        is_whole = REPORT in by_name and all(need in by_name for job in jobs for need in job.needs)
+    except (ValueError, KeyError, TypeError):
+        is_whole, jobs = False, []
+    if not is_whole:
+        raise StudyError(f"{path}: is damaged", "another --out DIR, or put the file back as it was")
+    return jobs
 
 
 def _jobs_of(members: Sequence[Cell]) -> list[Job]:

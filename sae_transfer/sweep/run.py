@@ -64,8 +64,8 @@ class Status:
 
 
 def is_sweep(directory: Path) -> bool:
-    """Whether a directory is a sweep's."""
-    return (directory / SWEEP_FILE).is_file()
+    """Whether a directory is a sweep's; a file of the sweep's name may be anyone's."""
+    return all((directory / name).is_file() for name in (SWEEP_FILE, "jobs.json", "cells.json"))
 
 
 def describe(path: Path, directory: Path, overrides: Sequence[str], device: Device, *, gpu: bool) -> Iterator[str]:
@@ -132,6 +132,8 @@ def submit_sweep(
     directory = directory.absolute()
     if directory.exists() and (not directory.is_dir() or (any(directory.iterdir()) and not _is_ours(directory))):
         raise StudyError(f"{directory}: is not empty, and not a sweep's directory", "an empty or new --out DIR")
+    if path.resolve() == (directory / SWEEP_FILE).resolve() and not is_sweep(directory):
+        raise StudyError(f"{path}: would be overwritten by the sweep's own {SWEEP_FILE}", "an empty or new --out DIR")
     with _locked(directory):
         jobs = _write(sweep, cells, directory)
         records = _reconciled(directory, jobs)
@@ -228,9 +230,9 @@ def cancel_sweep(directory: Path) -> int:
 def _write(sweep: SweepFile, cells: Sequence[Cell], directory: Path) -> list[Job]:
     """The sweep's files: studies, cells, jobs."""
     freeze(cells, directory)
-    write_text(directory / SWEEP_FILE, sweep_yaml(sweep))
     jobs = plan_jobs(cells, read_jobs(directory))
     write_jobs(jobs, directory)
+    write_text(directory / SWEEP_FILE, sweep_yaml(sweep))
     return jobs
 
 
@@ -335,7 +337,8 @@ def _locked(directory: Path) -> Iterator[None]:
 def _require_sweep(directory: Path) -> None:
     if not is_sweep(directory):
         raise StudyError(
-            f"{directory}: is no sweep's directory (it has no {SWEEP_FILE})", "sae-transfer sweep SWEEP --out DIR"
+            f"{directory}: is no sweep's directory (it lacks {SWEEP_FILE}, jobs.json or cells.json)",
+            "sae-transfer sweep SWEEP --out DIR",
         )
 
 

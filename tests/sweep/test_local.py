@@ -15,7 +15,8 @@ from filelock import FileLock
 from sae_transfer.cost.device import find_device
 from sae_transfer.errors import StudyError
 from sae_transfer.sweep import local
-from sae_transfer.sweep.jobs import Job
+from sae_transfer.sweep.cells import read_cells
+from sae_transfer.sweep.jobs import Job, read_jobs
 from sae_transfer.sweep.run import cancel_sweep, describe, read_status, submit_sweep
 from sae_transfer.sweep.states import Fact, Record, read_record, update_record
 from tests.studies import cli, read_rows
@@ -218,3 +219,29 @@ def test_jobs_that_cannot_be_cancelled_stay_as_they_are(
             cancel_sweep(out)
         assert {record.state for record in records(out).values()} == {"submitted"}
         lock.release()
+
+
+def test_a_directory_with_a_file_of_the_sweeps_name_is_no_sweep(
+    llama_pair: Pair, text_file: Path, tmp_path: Path
+) -> None:
+    sweep = write_sweep(tmp_path / "own", llama_pair, text_file)
+    before = sweep.read_text()
+    with pytest.raises(StudyError, match="is no sweep's directory"):
+        read_status(sweep.parent)
+    (sweep.parent / local.SWEEP_LOCK).touch()
+    with pytest.raises(StudyError, match="would be overwritten"):
+        submit_sweep(sweep, sweep.parent)
+    assert sweep.read_text() == before
+
+
+@pytest.mark.parametrize("name", ["jobs.json", "cells.json"])
+@pytest.mark.parametrize("content", ["[", "[1]", '{"a": 1}', '[{"name": "a"}]'])
+def test_a_damaged_graph_is_told(name: str, content: str, tmp_path: Path) -> None:
+    for each in ("jobs.json", "cells.json", "sweep.yaml"):
+        (tmp_path / each).write_text('[{"name": "report", "kind": "report", "cells": [], "needs": [], "stages": []}]')
+    (tmp_path / name).write_text(content)
+    reads = {"jobs.json": read_jobs, "cells.json": read_cells}
+    with pytest.raises(StudyError, match=f"{name}: is damaged"):
+        reads[name](tmp_path)
+    with pytest.raises(StudyError, match="is damaged"):
+        read_status(tmp_path)
