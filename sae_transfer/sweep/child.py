@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from sae_transfer.redaction import redacted
 from sae_transfer.signals import PARENT_VARIABLE
 from sae_transfer.sweep.jobs import Job, read_jobs
 from sae_transfer.sweep.states import (
@@ -86,10 +87,16 @@ class Child:
             os.kill(self._process.pid, signal.SIGKILL)
 
     def finish(self) -> Record:
-        """Write the end of a process that has ended."""
+        """Write the end of a process that has ended, unless the job has been submitted again since it started."""
         code = self._process.wait()
-        error = last_error(self._log, self._offset)
-        return update_record(self._directory, self.job.name, lambda record: ended(record, code, error))
+        error = redacted(last_error(self._log, self._offset))
+
+        def end(record: Record) -> Record:
+            # an attempt's number would not tell: cancelling takes it back
+            is_own = (record.host, record.pid) == (socket.gethostname(), self._process.pid)
+            return ended(record, code, error) if is_own else record
+
+        return update_record(self._directory, self.job.name, end)
 
 
 def start(directory: Path, job: Job, environment: Mapping[str, str]) -> Child | None:

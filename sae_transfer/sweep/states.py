@@ -241,7 +241,7 @@ def choose(
         else:
             chosen[job.name] = job
     report = next((job for job in jobs if job.kind == "report"), None)
-    if report is not None and (chosen or records[report.name].state not in ("done", *LIVE)):
+    if report is not None and (chosen or _wants_report(report, records)):
         chosen[report.name] = report
     return list(chosen.values()), held
 
@@ -283,6 +283,13 @@ def tail(log: Path, offset: int = 0) -> list[str]:
 
 def _is_recent(when: str | None) -> bool:
     return when is not None and (datetime.now(UTC) - datetime.fromisoformat(when)).total_seconds() < 600
+
+
+def _wants_report(report: Job, records: Mapping[str, Record]) -> bool:
+    """Whether the report is missing, or an evaluation has ended since it was written."""
+    record = records[report.name]
+    is_old = any((records[need].ended or "") > (record.ended or "") for need in report.needs)
+    return record.state not in LIVE and (record.state != "done" or is_old)
 
 
 def _can_come(

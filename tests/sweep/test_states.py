@@ -171,6 +171,20 @@ def test_at_first_all_is_submitted_and_at_last_nothing(tmp_path: Path) -> None:
     assert chosen(tmp_path, {**done, "report": Record()}) == ["report"]
 
 
+def test_a_report_that_an_evaluation_outlived_is_written_again(tmp_path: Path) -> None:
+    for cell in "ab":
+        trained(tmp_path, cell, "base", "chat")
+    done = records(base="done", chat="done", eval_a="done", eval_b="done", report="done")
+    early, late = "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:01+00:00"
+
+    def ended_at(evaluation: str, report: str) -> dict[str, Record]:
+        times = {"eval-a": early, "eval-b": evaluation, "report": report}
+        return {**done, **{name: replace(done[name], ended=when) for name, when in times.items()}}
+
+    assert chosen(tmp_path, ended_at(late, early)) == ["report"]
+    assert chosen(tmp_path, ended_at(early, late)) == []
+
+
 @pytest.mark.parametrize("state", LIVE)
 def test_what_is_live_is_not_submitted_again_and_what_waits_for_it_is(tmp_path: Path, state: State) -> None:
     assert chosen(tmp_path, records(base=state)) == ["chat", "eval-a", "eval-b", "report"]

@@ -1,0 +1,39 @@
+"""A job as a process of its own: the combined report of nothing, which fails at once."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from sae_transfer.sweep.child import Child
+from sae_transfer.sweep.jobs import Job
+from sae_transfer.sweep.states import read_record, submitted, update_record
+
+REPORT = Job("report", "report", (), (), ())
+
+
+def ended_child(directory: Path) -> Child:
+    update_record(directory, "report", lambda record: submitted(record, REPORT, "local"))
+    child = Child(directory, REPORT, (), {})
+    while child.exit_code() is None:
+        time.sleep(0.1)
+    return child
+
+
+def test_an_end_without_a_later_attempt_is_written(tmp_path: Path) -> None:
+    after = ended_child(tmp_path).finish()
+    assert (after.state, read_record(tmp_path, "report")) == ("failed", after)
+
+
+def test_the_end_of_an_earlier_attempt_says_nothing_of_a_later_one(tmp_path: Path) -> None:
+    child = ended_child(tmp_path)
+    again = update_record(tmp_path, "report", lambda record: submitted(record, REPORT, "local"))
+    assert child.finish() == read_record(tmp_path, "report") == again
+
+
+def test_what_a_job_says_is_kept_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = ended_child(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijkl")
+    with (tmp_path / "jobs" / "report" / "log.txt").open("a") as log:
+        log.write("error: https://me:pass@hub.example answers hf_abcdefghijkl with 401\n")
+    assert child.finish().message == "https://hub.example answers <HF_TOKEN> with 401"
