@@ -5,7 +5,8 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,28 @@ from sae_transfer.sweep.jobs import Job, read_jobs
 from sae_transfer.sweep.states import LIVE, Record, given_back, now, submitted, update_record
 
 REPORT_MEM_GB = 8.0
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # submitit can be told to use either of the first two
 STOP_FRACTION = 0.7  # of the signal's lead that a checkpoint may take; the rest is for going back into the queue
+
+
+@contextmanager
+def _deferred() -> Iterator[None]:
+    """Hold SLURM's signals back for the length of the block.
+
+    Their handlers change the job's record, and would wait for its lock forever if they interrupted who holds it. A mask
+    does not do: another thread may take the signal, and Python then runs the handler in this one.
+    """
+    came: list[int] = []
+    # what is no function stays: submitit may have a signal print a stack by means that Python does not see
+    held = [number for number in SIGNALS if callable(signal.getsignal(number))]
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in held}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in dict.fromkeys(came):
+            signal.raise_signal(number)
 
 
 class BatchJob:
@@ -43,23 +65,31 @@ class BatchJob:
         directory = Path(self.directory)
         job = next(job for job in read_jobs(directory) if job.name == self.job)
         slurm_id = SlurmJobEnvironment().job_id
-        update_record(directory, self.job, lambda record: replace(record, scheduler_id=slurm_id))
-        self._child = child = start(directory, job, {"OMP_NUM_THREADS": os.environ.get("SLURM_CPUS_PER_TASK", "1")})
+        with _deferred():
+            update_record(directory, self.job, lambda record: replace(record, scheduler_id=slurm_id))
+            self._child = child = start(directory, job, {"OMP_NUM_THREADS": os.environ.get("SLURM_CPUS_PER_TASK", "1")})
         if child is None:
             return
         # scancel, and preemption where no other signal is configured
-        signal.signal(signal.SIGTERM, lambda *_: child.stop())
+        signal.signal(signal.SIGTERM, lambda *_: self._stop())
         try:
             while child.exit_code() is None:
                 time.sleep(POLL_S)
         except UncompletedJobError as error:  # raised by submitit's signal handler, after `checkpoint`
             message = f"reached its time limit; {error}"
-            update_record(
-                directory, self.job, lambda record: replace(record, state="timeout", message=message, ended=now())
-            )
+            with _deferred():
+                update_record(
+                    directory, self.job, lambda record: replace(record, state="timeout", message=message, ended=now())
+                )
             raise
-        if child.finish().state != "done":
+        with _deferred():
+            record, self._child = child.finish(), None
+        if record.state != "done":
             sys.exit(1)
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.stop()
 
     def checkpoint(self) -> DelayedSubmission:
         """Stop the child, which writes its checkpoint, and go back into the queue; submitit calls this on a signal."""

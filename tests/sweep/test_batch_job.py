@@ -1,0 +1,46 @@
+"""What the process of a batch job does on SLURM's signals, without a SLURM."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sae_transfer.sweep import slurm
+from sae_transfer.sweep.jobs import Job, write_jobs
+from sae_transfer.sweep.states import Record, read_record, submitted, update_record
+
+REPORT = Job("report", "report", (), (), ())
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in slurm.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_while_the_record_is_written_is_answered_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jobs([REPORT], tmp_path)
+    update_record(tmp_path, "report", lambda record: submitted(record, REPORT, "slurm"))
+    job = slurm.BatchJob(str(tmp_path), "report", 90)
+    signal.signal(signal.SIGUSR2, lambda *_: job.checkpoint())
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    seen: list[str | None] = []
+
+    def preempt(record: Record, **changes: object) -> Record:
+        if "scheduler_id" in changes:  # the lock of the record is held
+            signal.raise_signal(signal.SIGUSR2)
+            seen.append(read_record(tmp_path, "report").scheduler_id)
+        return replace(record, **changes)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(slurm, "replace", preempt)
+    monkeypatch.setattr(slurm, "start", lambda *_: None)
+    job()
+    after = read_record(tmp_path, "report")
+    assert seen == [None]
+    assert (after.scheduler_id, after.state) == ("7", "submitted") and "preempted" in after.message
