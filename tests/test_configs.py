@@ -8,13 +8,23 @@ import pytest
 from sae_transfer import demo
 from sae_transfer.config import json_schema
 from sae_transfer.study_file import load_study
+from sae_transfer.sweep.cells import expand
+from sae_transfer.sweep.file import load_sweep
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+STUDIES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("public/*.yaml")])
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_shipped_study_file_is_a_study(path: Path) -> None:
     assert load_study(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("sweeps/*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_sweep_file_is_a_sweep_of_several_cells(path: Path) -> None:
+    assert len(expand(load_sweep(path), ())) > 1
 
 
 def test_the_demo_asks_for_at_most_400_000_tokens() -> None:
