@@ -105,7 +105,10 @@ def make_model(directory: Path, form: str, sizes: Sizes, seed: int) -> Any:
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(noise * (1.0 if "embed_tokens" in name else 1.5 / weight.shape[-1] ** 0.5))
     model.save_pretrained(directory)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
+    for weight in model.parameters():
+        weight.data = weight.data.clone()  # out of the mapped file, whose pages come and go in what is resident
+    return model
 
 
 def make_saes(sizes: Sizes, architecture: str, hook_name: str, norm: float, seed: int, device: str) -> list[SAE[Any]]:
