@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +21,13 @@ from sae_transfer.config import Study, json_schema
 from sae_transfer.console import ConsoleHandler
 from sae_transfer.cost.device import choose_device
 from sae_transfer.errors import StudyError
+from sae_transfer.redaction import redacted
 from sae_transfer.study_file import load_study
 
 if TYPE_CHECKING:
     from sae_transfer.sweep.run import Status
 
-EXIT_MENDABLE = 2
+EXIT_BUG, EXIT_MENDABLE = 1, 2
 KEPT = "finished stages are kept, and the checkpoints of a training; the same command goes on"
 WATCH_EVERY_S = 5.0
 TABLE_WIDTH = 150  # characters; the post's ten columns with long SAE names
@@ -329,8 +331,11 @@ def sweep(
     found = sweeps.wait(out)
     _print_status(found)
     typer.echo(out / "report" / "index.html")
-    if found.counts["done"] < len(found.cells):
-        raise typer.Exit(1)
+    if missing := len(found.cells) - found.counts["done"]:
+        raise StudyError(
+            f"{out}: {missing} of {len(found.cells)} cells are not done",
+            "mend what the table says, then the same command; --retry-failed for what failed",
+        )
 
 
 @app.command()
@@ -493,6 +498,9 @@ def main() -> None:
         except StudyError as error:
             code = EXIT_MENDABLE
             logging.getLogger("sae_transfer").error("%s", error)
+        except Exception:  # a bug; said here, since what Python says by itself may hold secrets
+            code = EXIT_BUG
+            sys.stderr.write(redacted(traceback.format_exc()))
         else:
             code = 0
     sys.exit(code)

@@ -18,7 +18,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError
 
@@ -36,9 +36,11 @@ LOG_PROGRESS_EVERY_S, LOG_BYTES = 60.0, 4 * 2**20  # bound log.txt: one line a m
 # Two processes may share a directory when each trains the SAEs of one model; everything else needs both parts.
 PARTS = ("base", "chat")
 LOCK_FILE = ".lock"
+# Seconds to wait for a run directory in use. Jobs of a sweep do: one may begin while its earlier attempt still writes.
+PATIENCE_VARIABLE = "SAE_TRANSFER_LOCK_PATIENCE_S"
 # Written before the manifest; also what a killed process left of them while it wrote.
 OWN_EARLY_FILES = re.compile(
-    r"\.lock(-base|-chat)?|log\.txt(\.1)?|wandb|(study\.yaml|wandb(-base|-chat)?\.json)"
+    r"\.lock(-base|-chat|-log)?|log\.txt(\.1)?|wandb|(study\.yaml|wandb(-base|-chat)?\.json)"
     r"|\.(study\.yaml|manifest\.json|wandb(-base|-chat)?\.json)\.\w+"
 )
 RECORDED_PACKAGES = ("sae-transfer", "sae-lens", "transformer-lens", "torch", "transformers", "datasets", "numpy")
@@ -190,8 +192,8 @@ class RunDirectory:
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 for part in parts:
-                    stack.enter_context(FileLock(root / f"{LOCK_FILE}-{part}").acquire(timeout=0))
-                log_file = RotatingFileHandler(root / "log.txt", maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
+                    stack.enter_context(_acquired(FileLock(root / f"{LOCK_FILE}-{part}")))
+                log_file = _SharedLog(root / "log.txt", maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
             except Timeout as error:
                 raise StudyError(
                     f"{root}: another sae-transfer process is working in this directory",
@@ -313,6 +315,48 @@ class RunDirectory:
                 known = manifest.get(key)
                 manifest[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
             write_json(path, manifest)
+
+
+class _SharedLog(RotatingFileHandler):
+    """log.txt, which two processes may write: each follows when the other has begun a new file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record to the file that has the name now."""
+        if not self._is_current():
+            self._reopen()
+        super().emit(record)
+
+    def doRollover(self) -> None:
+        """Begin a new file, unless the other process just did."""
+        with FileLock(Path(self.baseFilename).with_name(f"{LOCK_FILE}-log")):
+            if self._is_current():
+                super().doRollover()
+            else:
+                self._reopen()
+
+    def _is_current(self) -> bool:
+        try:
+            return self.stream is not None and os.path.samestat(
+                os.fstat(self.stream.fileno()), os.stat(self.baseFilename)
+            )
+        except FileNotFoundError:
+            return False
+
+    def _reopen(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+        self.stream = self._open()
+
+
+def _acquired(lock: FileLock) -> AcquireReturnProxy:
+    """A lock, waited for as long as the environment says; raises `Timeout` after that."""
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        patience = float(os.environ.get(PATIENCE_VARIABLE) or 0)
+        if patience:
+            logger.info("%s: in use; waiting up to %.0f s", Path(lock.lock_file).parent, patience)
+        return lock.acquire(timeout=patience)
 
 
 def _is_newer(version: str) -> bool:

@@ -409,6 +409,7 @@ def _wording(error: ErrorDetails, root: type[BaseModel] = Study) -> str:
         "too_short": "at least one entry",
         "tuple_type": "a list",
         "model_type": "a mapping of keys to values",
+        "dict_type": "a mapping of keys to values",
         "int_parsing": "a whole number",
         "int_type": "a whole number",
         "int_from_float": "a whole number",

@@ -1,12 +1,13 @@
 """Kill a small study at random moments in every stage, resume it, and compare with one that was left alone.
 
-    .venv/bin/python scripts/chaos.py --rounds 100 --seed 0
+    .venv/bin/python scripts/chaos.py --rounds 100 --each 20 --seed 0
 
 A round is one kill: SIGKILL mostly, sometimes a signal that asks to stop, and now and then the newest checkpoint is
 damaged as well. Several rounds fall on one run directory, from its first stage to its last. At its end every file must
 be, byte for byte, that of the run that was left alone. Exit code 1 when anything is lost or different.
 """
 
+import itertools
 import json
 import os
 import random
@@ -182,8 +183,11 @@ def differences(root: Path, reference: Path) -> dict[str, list[str]]:
     return found
 
 
-def campaign(out: Path, rounds: int, rng: random.Random, targets: tuple[str, ...]) -> Iterator[dict[str, Count]]:
-    """Yields the counts by stage after every run directory."""
+def campaign(out: Path, rounds: int, each: int, rng: random.Random) -> Iterator[dict[str, Count]]:
+    """Kill in every stage until there are `rounds`, then in the stages that were hit less than `each` times.
+
+    Yields the counts by stage after every run directory.
+    """
     console = Console(stderr=True)
     study, reference = out / "chaos.yaml", out / "reference"
     study.write_text(yaml.safe_dump(STUDY))
@@ -194,12 +198,16 @@ def campaign(out: Path, rounds: int, rng: random.Random, targets: tuple[str, ...
     lasts = {stage: json.loads(text)["seconds"] for stage, text in records(reference).items()}
     counts = {stage: Count() for stage in STAGES}
     n_rounds = 0
-    for index in range(rounds):
+    for index in itertools.count():
+        thin = tuple(stage for stage in STAGES if counts[stage].kills < each)
+        if n_rounds >= rounds and not thin:
+            return
+        goal = rounds if n_rounds < rounds else sys.maxsize
         root = out / f"run{index}"
         killed: set[str] = set()
-        for target in targets:
-            for _ in range(rng.choice((1, 2, 3, 4)) if rounds > len(targets) else 1):
-                if n_rounds < rounds and STAGES.index(stage_of(root)) <= STAGES.index(target):
+        for target in STAGES if n_rounds < rounds else thin:
+            for _ in range(rng.choice((1, 2, 3, 4)) if rounds > len(STAGES) else 1):
+                if n_rounds < goal and STAGES.index(stage_of(root)) <= STAGES.index(target):
                     hit = one_round(root, study, target, lasts.get(target, 1.0), rng, counts, console)
                     killed |= {hit} if hit else set()
                     n_rounds += hit is not None
@@ -213,10 +221,10 @@ def campaign(out: Path, rounds: int, rng: random.Random, targets: tuple[str, ...
             console.print(f"run{index}: different in {stage}: {', '.join(names)}", style="red")
         if not differ and not n_lost:
             shutil.rmtree(root)
-        console.print(f"run{index}: {n_rounds} of {rounds} rounds, {time.monotonic() - started:.0f} s")
+        fewest = min(counts[stage].kills for stage in STAGES)
+        took = time.monotonic() - started
+        console.print(f"run{index}: {n_rounds} of {rounds} rounds, {fewest} in the least hit stage, {took:.0f} s")
         yield counts
-        if n_rounds >= rounds:
-            return
 
 
 def one_round(
@@ -277,18 +285,18 @@ def table_of(counts: dict[str, Count]) -> Table:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Kills in all.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="Kills in all, at least.")] = 100,
+    each: Annotated[int, typer.Option(min=0, help="Kills that hit each stage, at least.")] = 0,
     seed: Annotated[int, typer.Option(help="Draws stages, moments and signals.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where the runs go; unset: a temporary directory.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the counts there.")] = None,
-    stage: Annotated[list[str] | None, typer.Option(help="Aim at this stage only; several times for several.")] = None,
 ) -> None:
     """Kill a small study at random moments in every stage, resume it, and compare with one that was left alone."""
     started = time.monotonic()
     place = out or Path(tempfile.mkdtemp(prefix="chaos-"))
     place.mkdir(parents=True, exist_ok=True)
     counts: dict[str, Count] = {}
-    for counts in campaign(place, rounds, random.Random(seed), tuple(stage or STAGES)):
+    for counts in campaign(place, rounds, each, random.Random(seed)):
         if json_ is not None:
             result = {"rounds": sum(c.kills for c in counts.values()), "seed": seed}
             result |= {"seconds": round(time.monotonic() - started)}

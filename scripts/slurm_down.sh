@@ -14,7 +14,7 @@ for _ in $(seq 40); do
     sleep 0.25
 done
 
-for daemon in slurmd slurmctld munged; do
+for daemon in slurmd slurmctld slurmdbd mariadbd munged; do
     file="$home/run/$daemon.pid"
     [[ -s $file ]] || continue
     pid="$(cat "$file")"

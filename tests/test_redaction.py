@@ -2,6 +2,7 @@ import logging
 
 import pytest
 
+from sae_transfer import cli
 from sae_transfer.redaction import Redaction, redacted
 
 
@@ -31,3 +32,17 @@ def test_log_records_are_redacted_with_their_arguments(monkeypatch: pytest.Monke
     record = logging.LogRecord("a", logging.INFO, "", 1, "downloading with %s", ("very-secret-value",), None)
     assert Redaction().filter(record)
     assert record.getMessage() == "downloading with <MY_TOKEN>"
+
+
+def test_what_is_said_of_a_bug_is_redacted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh123")
+
+    def fail(**_: object) -> None:
+        raise RuntimeError("https://me:pass@host/repo.git refused hf_abcdefgh123")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 1
+    assert said.startswith("Traceback") and said.endswith("RuntimeError: https://host/repo.git refused <HF_TOKEN>\n")

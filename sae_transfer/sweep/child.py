@@ -1,6 +1,7 @@
 """One job as a child process, whichever engine starts it: what it may work on, its log, its end."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from sae_transfer.redaction import redacted
 from sae_transfer.signals import PARENT_VARIABLE
+from sae_transfer.study import PATIENCE_VARIABLE
 from sae_transfer.sweep.jobs import Job, read_jobs
 from sae_transfer.sweep.states import (
     Record,
@@ -28,6 +30,7 @@ from sae_transfer.sweep.states import (
 
 LOG_BYTES = 2**22
 POLL_S = 0.1
+STOP_WITHIN_S = 120.0  # the checkpoint of the largest SAEs takes a minute on a slow disk
 
 
 class Child:
@@ -44,8 +47,6 @@ class Child:
         """
         self.job, self._directory = job, directory
         self._log = job_directory(directory, job.name) / "log.txt"
-        if self._log.exists() and self._log.stat().st_size > LOG_BYTES:
-            self._log.replace(self._log.with_name("log.previous.txt"))
         with self._log.open("ab") as log:
             self._offset = log.tell()
             self._process = subprocess.Popen(
@@ -53,7 +54,12 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment, PARENT_VARIABLE: str(os.getpid())},
+                env={
+                    **os.environ,
+                    **environment,
+                    PARENT_VARIABLE: str(os.getpid()),
+                    PATIENCE_VARIABLE: f"{STOP_WITHIN_S:g}",
+                },
             )
 
         def running(record: Record) -> Record:
@@ -71,6 +77,13 @@ class Child:
         if end is None:
             return None
         return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+
+    def bound_log(self) -> None:
+        """Move a log that has grown too long aside. The process goes on writing to the same file, at its new end."""
+        if self._log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(self._log, self._log.with_name("log.previous.txt"))
+            os.truncate(self._log, 0)
+            self._offset = 0
 
     def stop(self) -> None:
         """Ask it to write a checkpoint and end."""

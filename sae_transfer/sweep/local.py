@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from sae_transfer.errors import StudyError
 from sae_transfer.signals import PARENT_VARIABLE, Stopped
 from sae_transfer.study import write_text
-from sae_transfer.sweep.child import POLL_S, Child, start
+from sae_transfer.sweep.child import LOG_BYTES, POLL_S, STOP_WITHIN_S, Child, start
 from sae_transfer.sweep.jobs import Job, read_jobs
 from sae_transfer.sweep.states import LIVE, Fact, Record, read_record, submitted, update_record
 
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 SWEEP_LOCK = ".sweep.lock"  # held while a sweep command changes the directory
 FIND_WITHIN_S = 5.0  # a supervisor says its number as soon as it has its lock
-STOP_WITHIN_S = 120.0  # the checkpoint of the largest SAEs takes a minute on a slow disk
 
 
 def count_gpus() -> int:
@@ -72,7 +71,10 @@ def is_supervised(directory: Path) -> bool:
 def start_supervisor(directory: Path) -> None:
     """Start a supervisor that outlives this process, unless one is at work already."""
     environment = {key: value for key, value in os.environ.items() if key != PARENT_VARIABLE}
-    with (directory / "jobs" / "supervisor.log").open("ab") as log:
+    said = directory / "jobs" / "supervisor.log"  # two lines a job
+    if said.exists() and said.stat().st_size > LOG_BYTES:
+        said.replace(said.with_name("supervisor.previous.log"))
+    with said.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "sae_transfer.sweep.local", str(directory)],
             stdin=subprocess.DEVNULL,
@@ -199,9 +201,13 @@ def _supervisor(directory: Path) -> int | None:
 
 
 def _collect(slots: dict[int, Child | None]) -> None:
-    """Free the slots of jobs that have ended."""
+    """Free the slots of jobs that have ended, and keep the logs of the others short."""
     for slot, child in slots.items():
-        if child is not None and child.exit_code() is not None:
+        if child is None:
+            continue
+        if child.exit_code() is None:
+            child.bound_log()
+        else:
             record = child.finish()
             logger.info("%s: %s%s", child.job.name, record.state, f": {record.message}" if record.message else "")
             slots[slot] = None

@@ -74,6 +74,7 @@ class BatchJob:
         signal.signal(signal.SIGTERM, lambda *_: self._stop())
         try:
             while child.exit_code() is None:
+                child.bound_log()
                 time.sleep(POLL_S)
         except UncompletedJobError as error:  # raised by submitit's signal handler, after `checkpoint`
             message = f"reached its time limit; {error}"
@@ -93,6 +94,9 @@ class BatchJob:
 
     def checkpoint(self) -> DelayedSubmission:
         """Stop the child, which writes its checkpoint, and go back into the queue; submitit calls this on a signal."""
+        # from here on this process ends; another signal would begin this again inside itself, and wait for its own lock
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         if self._child is not None:
             self._child.stop_within(STOP_FRACTION * self.signal_delay_s)
         message = "preempted or out of time; goes on from its checkpoint"

@@ -44,3 +44,26 @@ def test_a_signal_while_the_record_is_written_is_answered_after_it(
     after = read_record(tmp_path, "report")
     assert seen == [None]
     assert (after.scheduler_id, after.state) == ("7", "submitted") and "preempted" in after.message
+
+
+def test_a_second_signal_does_not_interrupt_the_way_back_into_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update_record(tmp_path, "report", lambda record: submitted(record, REPORT, "slurm"))
+    job = slurm.BatchJob(str(tmp_path), "report", 90)
+    asked: list[int] = []
+
+    def checkpoint(*_: object) -> None:
+        asked.append(1)
+        job.checkpoint()
+
+    def preempt_again(record: Record, **changes: object) -> Record:
+        signal.raise_signal(signal.SIGUSR2)  # the lock of the record is held
+        signal.raise_signal(signal.SIGTERM)
+        return replace(record, **changes)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(slurm, "replace", preempt_again)
+    signal.signal(signal.SIGUSR2, checkpoint)
+    signal.raise_signal(signal.SIGUSR2)
+    assert asked == [1]
+    assert read_record(tmp_path, "report").message.startswith("preempted")

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,12 +15,13 @@ from filelock import FileLock
 
 from sae_transfer.cost.device import find_device
 from sae_transfer.errors import StudyError
-from sae_transfer.sweep import local
-from sae_transfer.sweep.cells import read_cells
+from sae_transfer.sweep import child, local
+from sae_transfer.sweep.cells import expand, read_cells
+from sae_transfer.sweep.file import load_sweep
 from sae_transfer.sweep.jobs import Job, read_jobs
 from sae_transfer.sweep.run import cancel_sweep, describe, read_status, submit_sweep
 from sae_transfer.sweep.states import Fact, Record, read_record, update_record
-from tests.studies import cli, read_rows
+from tests.studies import cli, hold, read_rows
 from tests.sweep.sweeps import write_sweep
 
 Pair = tuple[Path, Path]
@@ -97,7 +99,8 @@ def test_a_job_that_fails_keeps_what_needs_it_from_starting(llama_pair: Pair, tm
     sweep = write_sweep(tmp_path, llama_pair, text, {"saes.widths": [[32]]}, train=BASE_ONLY)
     out = tmp_path / "out"
     done = cli("sweep", sweep, "--out", out, "--wait")
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "1 of 1 cells are not done" in done.stderr
     (cell,) = read_status(out).cells
     assert (cell.state, cell.stage) == ("failed", "train-base")
     assert "column" in cell.message and "\n  try: " in cell.message
@@ -106,6 +109,30 @@ def test_a_job_that_fails_keeps_what_needs_it_from_starting(llama_pair: Pair, tm
     assert "column" in (out / "report" / "index.html").read_text()
     again = cli("sweep", sweep, "--out", out)
     assert "--retry-failed" in again.stderr and "0 jobs submitted" in again.stderr
+
+
+def test_a_job_waits_for_an_attempt_that_is_ending_and_keeps_its_log_short(
+    llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "LOG_BYTES", 200)
+    sweep = write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32]]}, train=BASE_ONLY)
+    out = tmp_path / "out"
+    (cell,) = expand(load_sweep(sweep))
+    before = hold(out / "cells" / cell.id, "base", "chat")
+    (out / local.SWEEP_LOCK).touch()  # as the sweep command that submitted it left
+
+    def end_when_waited_for() -> None:
+        wait_until(lambda: any("waiting up to 120 s" in log.read_text() for log in out.glob("jobs/train-base*/log*")))
+        before.kill()
+
+    ending = threading.Thread(target=end_when_waited_for)
+    ending.start()
+    submit_sweep(sweep, out, foreground=True)
+    ending.join()
+    before.wait()
+    assert read_status(out).counts["done"] == 1
+    (log,) = out.glob("jobs/train-base*/log.txt")
+    assert log.with_name("log.previous.txt").stat().st_size > 200 > log.stat().st_size
 
 
 def test_two_sweep_commands_on_one_directory_do_not_meet(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:

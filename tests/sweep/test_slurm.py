@@ -1,4 +1,7 @@
-"""Sweeps on a real SLURM of one node, which `scripts/slurm_up.sh` brings up; with its 2 cores, under five minutes."""
+"""Sweeps on a real SLURM of one node, which `scripts/slurm_up.sh` brings up; with its 2 cores, under five minutes.
+
+By itself SLURM keeps no accounts; `SAE_TRANSFER_SLURM_ACCOUNTING=1 scripts/test.sh -m slurm` runs the same with sacct.
+"""
 
 import json
 import os
@@ -30,6 +33,8 @@ LAUNCHER = {
     "timeout_min": 30,
     "array_parallelism": 2,
 }
+
+HAS_ACCOUNTS = os.environ.get("SAE_TRANSFER_SLURM_ACCOUNTING") == "1"
 
 # Of the embedded text there are 726,503 tokens.
 LONG = ("--set", "train.tokens=600k", "--set", "saes.widths=[65536]", "--set", "train.batch_size=256")
@@ -100,16 +105,16 @@ def of_kind(sweep: Path, kind: str) -> dict[str, Record]:
 def wait_until(true: Callable[[], bool], sweep: Path, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline, (records(sweep), slurm_queue())
+        assert time.monotonic() < deadline, (records(sweep), queue("--states=all"))
         time.sleep(0.5)
 
 
-def slurm_queue() -> str:
-    return subprocess.run(["squeue", "--all", "--states=all"], capture_output=True, text=True, check=True).stdout
+def queue(*options: str) -> str:
+    return subprocess.run(["squeue", "--noheader", *options], capture_output=True, text=True, check=True).stdout
 
 
 def is_idle() -> bool:
-    return not subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout.strip()
+    return not queue().strip()
 
 
 def trains(sweep: Path, job: str) -> bool:
@@ -130,6 +135,8 @@ def test_a_sweep_survives_a_killed_and_a_preempted_job_and_goes_on_with_what_is_
     kill_with_parent(records(sweep)[base].pid)
     wait_until(lambda: number not in live_numbers(), sweep)
     assert records(sweep)[base].state == "running", "it could not say that it was killed"
+    if HAS_ACCOUNTS:  # then only sacct knows it, once squeue has forgotten it
+        wait_until(lambda: number not in queue("--array", "--states=all", "--format=%i").split(), sweep)
     assert next(cell for cell in status(sweep)["cells"] if "layer1" in cell["id"])["state"] == "killed"
     assert records(sweep)[base].state == "killed" and "SLURM says" in records(sweep)[base].message
 
@@ -174,10 +181,7 @@ def kill_with_parent(pid: int | None) -> None:
 
 
 def live_numbers() -> set[str]:
-    listing = subprocess.run(
-        ["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True, check=True
-    )
-    return set(listing.stdout.split())
+    return set(queue("--array", "--format=%i").split())
 
 
 def test_what_fails_or_runs_out_of_time_stops_nothing_else_and_is_told_apart(tmp_path: Path) -> None:
