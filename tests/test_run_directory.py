@@ -1,0 +1,56 @@
+"""A run directory that two processes use, or one after the other."""
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sae_transfer import study
+from sae_transfer.errors import StudyError
+from sae_transfer.study import PATIENCE_VARIABLE, RunDirectory
+from tests.studies import hold
+
+logger = logging.getLogger("sae_transfer")
+
+
+def test_who_is_told_to_be_patient_waits_for_the_process_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PATIENCE_VARIABLE, "60")
+    holder = hold(tmp_path / "run", "base", "chat")
+    threading.Timer(1, holder.kill).start()
+    started = time.monotonic()
+    with RunDirectory.open(tmp_path / "run", {}):
+        assert time.monotonic() - started > 0.5
+    holder.wait()
+
+
+def test_patience_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATIENCE_VARIABLE, "0.2")
+    holder = hold(tmp_path / "run", "base")
+    with (
+        pytest.raises(StudyError, match="another sae-transfer process"),
+        RunDirectory.open(tmp_path / "run", {}, ("base",)),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+
+
+def test_two_writers_of_one_log_begin_a_new_file_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "LOG_BYTES", 1000)
+    lines = [f"line {index} {'x' * 80}" for index in range(100)]
+    with RunDirectory.open(tmp_path, {}, ("base",)):
+        base = logger.handlers[-1]
+        with RunDirectory.open(tmp_path, {}, ("chat",)):
+            chat = logger.handlers[-1]
+            for index, line in enumerate(lines):
+                # as in two processes, each line is of one of them
+                (base, chat)[index % 3 == 0].handle(logging.LogRecord("a", logging.INFO, "", 1, line, None, None))
+    files = sorted(tmp_path.glob("log.txt*"))
+    assert [file.name for file in files] == ["log.txt", "log.txt.1"]
+    assert all(file.stat().st_size <= 1000 for file in files)
+    kept = [line.split("INFO ")[1] for file in reversed(files) for line in file.read_text().splitlines()]
+    assert kept == lines[-len(kept) :] and len(kept) > 7, "the newest lines, in order, none missing"
