@@ -48,23 +48,23 @@ def _gpu(name: str, tflops: float, tflops_float32: float, gbps: float, gib: floa
     )
 
 
-# Data-sheet figures: dense bfloat16 with float32 accumulation, float32 outside the tensor cores, bandwidth, memory.
-# What a sheet calls GB of memory is within 2% of GiB on these.
+# Data-sheet figures: dense bfloat16 with float32 accumulation, float32 outside the tensor cores, bandwidth. Memory is what
+# the driver offers: data-centre cards with GDDR6 keep a sixteenth of the sheet's for error correction.
 GPUS = (
-    _gpu("h200", 989, 67, 4800, 141),  # NVIDIA H200 data sheet, SXM
-    _gpu("h100", 989, 67, 3350, 80),  # NVIDIA H100 data sheet, SXM
-    _gpu("h100-pcie", 756, 51, 2000, 80),  # NVIDIA H100 data sheet, PCIe
+    _gpu("h200", 989, 67, 4800, 140),  # NVIDIA H200 data sheet, SXM
+    _gpu("h100", 989, 67, 3350, 79.5),  # NVIDIA H100 data sheet, SXM
+    _gpu("h100-pcie", 756, 51, 2000, 79.5),  # NVIDIA H100 data sheet, PCIe
     _gpu("a100-80", 312, 19.5, 2039, 80),  # NVIDIA A100 data sheet, 80 GB SXM
     _gpu("a100-40", 312, 19.5, 1555, 40),  # NVIDIA A100 data sheet, 40 GB
-    _gpu("l40s", 362, 91.6, 864, 48),  # NVIDIA L40S data sheet
-    _gpu("l4", 121, 30.3, 300, 24),  # NVIDIA L4 data sheet
-    _gpu("a40", 149.7, 37.4, 696, 48),  # NVIDIA A40 data sheet
-    _gpu("a10", 125, 31.2, 600, 24),  # NVIDIA A10 data sheet
+    _gpu("l40s", 362, 91.6, 864, 45),  # NVIDIA L40S data sheet
+    _gpu("l4", 121, 30.3, 300, 22.5),  # NVIDIA L4 data sheet
+    _gpu("a40", 149.7, 37.4, 696, 45),  # NVIDIA A40 data sheet
+    _gpu("a10", 125, 31.2, 600, 22.5),  # NVIDIA A10 data sheet
     _gpu("a6000", 154.8, 38.7, 768, 48),  # NVIDIA RTX A6000 data sheet
     _gpu("rtx6000-ada", 364, 91.1, 960, 48),  # NVIDIA RTX 6000 Ada data sheet
     _gpu("rtx4090", 165, 82.6, 1008, 24),  # NVIDIA Ada GPU architecture white paper
     _gpu("rtx3090", 71, 35.6, 936, 24),  # NVIDIA GA102 white paper
-    _gpu("t4", 8.1, 8.1, 320, 16),  # NVIDIA T4 data sheet; no bfloat16, so at the rate of float32 at best
+    _gpu("t4", 8.1, 8.1, 320, 15),  # NVIDIA T4 data sheet; no bfloat16, so at the rate of float32 at best
 )
 
 
