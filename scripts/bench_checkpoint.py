@@ -3,7 +3,8 @@
     .venv/bin/python scripts/bench_checkpoint.py --d-in 1024 --widths 8192 32768 --json checkpoint.json
 
 The share is seconds of wall clock for one checkpoint (files written, hashed and synced, to the disk of --directory)
-over `compute.checkpoint_every_min`. Resuming runs the present block of activations again, at most.
+over `compute.checkpoint_every_min`. Beside it, what the disk alone takes for as many bytes, written and synced.
+Resuming runs the present block of activations again, at most.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from sae_transfer.config import Compute
 from sae_transfer.saes.checkpoints import Checkpoints
 from sae_transfer.saes.trainer import FastTrainer
 from sae_transfer.saes.training import new_sae
+from sae_transfer.study import sync
 
 
 def trainer_of(d_in: int, width: int) -> FastTrainer:
@@ -62,21 +64,33 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.monotonic() - started
 
 
-def measure(trainer: FastTrainer, directory: Path, repeats: int) -> tuple[list[float], list[float], int]:
-    """Seconds of each write, seconds of each read, and the bytes of one checkpoint."""
+def measure(trainer: FastTrainer, directory: Path, repeats: int) -> tuple[list[float], list[float], list[float], int]:
+    """Seconds of each write, of each write of as many bytes by the disk alone, of each read; bytes of a checkpoint."""
     checkpoints = Checkpoints(directory, {"benchmark": 0})
-    saved, read = [], []
+    saved, plain, read = [], [], []
+    content = torch.randn(2**24).numpy().tobytes()
+
+    def write_plainly(n_bytes: int) -> None:
+        path = directory / "plain"
+        with path.open("wb") as file:
+            for start in range(0, n_bytes, len(content)):
+                file.write(content[: n_bytes - start])
+        sync(path)
+        path.unlink()
 
     def read_back() -> None:
         found = checkpoints.load(1)
         assert found is not None
         found.restore(trainer)
 
+    n_bytes = 0
     for _ in range(repeats):
         checkpoints.remove_all()
         saved.append(seconds(lambda: checkpoints.save(trainer, 0, ())))
         read.append(seconds(read_back))
-    return saved, read, sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        n_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        plain.append(seconds(lambda n_bytes=n_bytes: write_plainly(n_bytes)))
+    return saved, plain, read, n_bytes
 
 
 def main() -> None:
@@ -93,7 +107,7 @@ def main() -> None:
     rows = []
     for width in args.widths:
         with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
-            saved, read, n_bytes = measure(trainer_of(args.d_in, width), Path(scratch), args.repeats)
+            saved, plain, read, n_bytes = measure(trainer_of(args.d_in, width), Path(scratch), args.repeats)
         rows.append(
             {
                 "d_in": args.d_in,
@@ -101,6 +115,7 @@ def main() -> None:
                 "gib": n_bytes / 2**30,
                 "save_seconds": median(saved),
                 "save_seconds_min_max": [min(saved), max(saved)],
+                "disk_alone_seconds": median(plain),
                 "resume_seconds": median(read),
                 "share_of_training": median(saved) / interval,
             }
@@ -110,12 +125,13 @@ def main() -> None:
             str(row["width"]),
             f"{row['gib']:.2f}",
             f"{row['save_seconds']:.1f} ({row['save_seconds_min_max'][0]:.1f} to {row['save_seconds_min_max'][1]:.1f})",
+            f"{row['disk_alone_seconds']:.1f}",
             f"{row['resume_seconds']:.1f}",
             f"{row['share_of_training']:.2%}",
         ]
         for row in rows
     ]
-    columns = ["width", "GiB", "save, s", "read back, s", f"of {interval / 60:g} min"]
+    columns = ["width", "GiB", "save, s", "disk alone, s", "read back, s", f"of {interval / 60:g} min"]
     say(table(columns, shown))
     if args.json:
         write_json(args.json, {"machine": machine(), "interval_seconds": interval, "checkpoints": rows})

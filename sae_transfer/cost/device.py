@@ -48,8 +48,8 @@ def _gpu(name: str, tflops: float, tflops_float32: float, gbps: float, gib: floa
     )
 
 
-# Data-sheet figures: dense bfloat16 with float32 accumulation, float32 outside the tensor cores, bandwidth. Memory is what
-# the driver offers: data-centre cards with GDDR6 keep a sixteenth of the sheet's for error correction.
+# Data-sheet figures: dense bfloat16 with float32 accumulation, float32 outside the tensor cores, bandwidth. Memory is
+# what the driver offers: data-centre cards with GDDR6 keep a sixteenth of the sheet's for error correction.
 GPUS = (
     _gpu("h200", 989, 67, 4800, 140),  # NVIDIA H200 data sheet, SXM
     _gpu("h100", 989, 67, 3350, 79.5),  # NVIDIA H100 data sheet, SXM

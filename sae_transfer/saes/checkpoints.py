@@ -7,6 +7,7 @@ continues bit for bit.
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file, save_file
 
 from sae_transfer.errors import StudyError, is_out_of_memory
-from sae_transfer.study import clear_scratch, digest, file_digest, read_json, replacing, write_json
+from sae_transfer.study import clear_scratch, digest, file_digest, read_json, replacing, sync, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +102,18 @@ class Checkpoints:
             directory.mkdir()
             state = trainer.sae.state_dict()
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / WEIGHTS_FILE)
-            try:
-                trainer.save_trainer_state(directory)
-            except RuntimeError as error:  # torch says with it that it could not write
-                if is_out_of_memory(error):
-                    raise
-                raise OSError(str(error).splitlines()[0]) from error
-            files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
+            with ThreadPoolExecutor() as pool:
+                digests = {WEIGHTS_FILE: pool.submit(_synced_digest, directory / WEIGHTS_FILE)}
+                try:
+                    trainer.save_trainer_state(directory)
+                except RuntimeError as error:  # torch says with it that it could not write
+                    if is_out_of_memory(error):
+                        raise
+                    raise OSError(str(error).splitlines()[0]) from error
+                for path in directory.iterdir():
+                    if path.name not in digests:
+                        digests[path.name] = pool.submit(_synced_digest, path)
+                files = {name: each.result() for name, each in sorted(digests.items())}
             content = {
                 "step": step,
                 "identity": self._identity,
@@ -214,6 +220,12 @@ def set_peak_lr(trainer: SAETrainer[Any, Any], lr: float) -> None:
     sequence: Any = trainer.lr_scheduler
     for scheduler in sequence._schedulers:
         scheduler.base_lrs = [lr for _ in scheduler.base_lrs]
+
+
+def _synced_digest(path: Path) -> str:
+    """The digest of a file that is on the disk: files of gigabytes are flushed and read while the next is written."""
+    sync(path)
+    return file_digest(path)
 
 
 def _sealed(state: Mapping[str, Any]) -> dict[str, Any]:
