@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import product
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -124,6 +124,7 @@ DirectoryName = Annotated[str, AfterValidator(_directory_name)]
 # A single value stands for a list of one.
 Several = Annotated[tuple[T, ...], BeforeValidator(_listed), AfterValidator(_distinct), Field(min_length=1)]
 Side = Literal["base", "chat"]
+SIDES: tuple[Side, ...] = get_args(Side)
 
 
 class _Section(BaseModel):
@@ -231,7 +232,7 @@ class SAEGroup(_Section):
 class Train(_Section):
     """How SAEs are trained, all of one model on one stream."""
 
-    models: Several[Side] = Field(default=("base", "chat"), description="Models that get SAEs.")
+    models: Several[Side] = Field(default=SIDES, description="Models that get SAEs.")
     tokens: TokenCount = Field(default=400_000_000, description="Activations seen by each SAE.")
     batch_size: Count = Field(default=4096, description="Activations in a training step.")
     lr: Annotated[Positive, Field(le=1)] = Field(default=5e-5, description="Learning rate of Adam.")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from sae_transfer.config import Study
+from sae_transfer.config import SIDES, Study
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import fingerprint, resolve_pair
 from sae_transfer.saes.checkpoints import CHECKPOINTS, STATE_FILE
 from sae_transfer.stages.context import Context
 from sae_transfer.stages.evaluation import cross_eval, instruct, outliers, report, weights
 from sae_transfer.stages.training import finetune, train
-from sae_transfer.study import PARTS, RunDirectory
+from sae_transfer.study import RunDirectory
 from sae_transfer.tracking import open_tracker
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def run_stages(
     """
     _refuse_to_retry_nothing([root], retry_lr)
     redo = stages[0] if len(stages) == 1 else None
-    with _opened(study, root, PARTS, force=force, redo=redo, retry_lr=retry_lr) as context:
+    with _opened(study, root, SIDES, force=force, redo=redo, retry_lr=retry_lr) as context:
         for stage in stages:
             _WORK[stage](context)
 
@@ -87,10 +87,10 @@ def train_together(
             f"--model {side}: train.models of {without[0]} does not name it",
             f"--set 'train.models=[{side}]', or leave it",
         )
-    parts = (side,) if side else PARTS
+    locked = (side,) if side else SIDES
     with ExitStack() as stack:
         group = [
-            stack.enter_context(_opened(study, root, parts, force=force, redo=stage, retry_lr=retry_lr))
+            stack.enter_context(_opened(study, root, locked, force=force, redo=stage, retry_lr=retry_lr))
             for root, study in studies.items()
         ]
         if stage == "finetune":
@@ -102,14 +102,14 @@ def train_together(
 
 @contextmanager
 def _opened(
-    study: Study, root: Path, parts: Sequence[str], *, force: bool, redo: str | None, retry_lr: float | None
+    study: Study, root: Path, sides: Sequence[str], *, force: bool, redo: str | None, retry_lr: float | None
 ) -> Iterator[Context]:
     """Resolve a study's pair, take its run directory, and start its tracking.
 
     Args:
         study: The study.
         root: Its run directory.
-        parts: Of the run directory, to be locked.
+        sides: Of the run directory, to be locked.
         force: Do stages again whose inputs changed.
         redo: With `force`, the stage to be done again in any case.
         retry_lr: Peak learning rate with which trainings that have a checkpoint go on.
@@ -133,7 +133,7 @@ def _opened(
     study = study.model_copy(update={"pair": pair.model_copy(update=revisions)})
     tracking = study.tracking
     with (
-        RunDirectory.open(root, identity, parts) as run,
+        RunDirectory.open(root, identity, sides) as run,
         open_tracker(
             tracking.wandb,
             project=tracking.project,
@@ -141,7 +141,7 @@ def _opened(
             name=study.name,
             config=study.model_dump(mode="json"),
             directory=root,
-            part=parts[0] if len(parts) == 1 else None,
+            part=sides[0] if len(sides) == 1 else None,
         ) as tracker,
     ):
         found = {"identity": identity, "pair_differences": notes}

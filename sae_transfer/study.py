@@ -23,7 +23,7 @@ from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError
 
 from sae_transfer import __version__
-from sae_transfer.config import Study
+from sae_transfer.config import SIDES, Study
 from sae_transfer.errors import StudyError
 from sae_transfer.progress import ThinProgress
 from sae_transfer.redaction import Redaction, redacted
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_SLICES, SAMPLE_BYTES = 64, 2**16
 LOG_PROGRESS_EVERY_S, LOG_BYTES = 60.0, 4 * 2**20  # bound log.txt: one line a minute, and one older file beside it
-# Two processes may share a directory when each trains the SAEs of one model; everything else needs both parts.
-PARTS = ("base", "chat")
 LOCK_FILE = ".lock"
 # Seconds to wait for a run directory in use. Jobs of a sweep do: one may begin while its earlier attempt still writes.
 PATIENCE_VARIABLE = "SAE_TRANSFER_LOCK_PATIENCE_S"
@@ -169,7 +167,7 @@ class RunDirectory:
 
     @classmethod
     @contextmanager
-    def open(cls, root: Path, identity: Mapping[str, str], parts: Sequence[str] = PARTS) -> "Iterator[RunDirectory]":
+    def open(cls, root: Path, identity: Mapping[str, str], sides: Sequence[str] = SIDES) -> "Iterator[RunDirectory]":
         """Take the directory for a study: create or recognise it, and lock it.
 
         The system drops a lock when its process dies, however it dies: none is ever stale.
@@ -177,7 +175,8 @@ class RunDirectory:
         Args:
             root: The run directory.
             identity: What no run directory may have two of: fingerprints of the models, and the site.
-            parts: Of `PARTS`; a process that only trains the SAEs of one model takes that part alone.
+            sides: What is locked. Two processes may share a directory when each trains the SAEs of one model, and takes
+                that side alone; everything else needs both.
 
         Yields:
             The locked run directory.
@@ -191,8 +190,8 @@ class RunDirectory:
         with ExitStack() as stack:
             try:
                 root.mkdir(parents=True, exist_ok=True)
-                for part in parts:
-                    stack.enter_context(_acquired(FileLock(root / f"{LOCK_FILE}-{part}")))
+                for side in sides:
+                    stack.enter_context(_acquired(FileLock(root / f"{LOCK_FILE}-{side}")))
                 log_file = _SharedLog(root / "log.txt", maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
             except Timeout as error:
                 raise StudyError(

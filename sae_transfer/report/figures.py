@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from sae_transfer.config import SIDES
 from sae_transfer.report.cells import SECTIONS, blocks, budget, is_native, role, traits
 from sae_transfer.report.columns import AXES, METRICS
 from sae_transfer.report.results import Cells, Results, Row, TrainingLog, number
@@ -48,7 +49,7 @@ def ce_bars(cells: Cells) -> list[Plot]:
     """SAE CE of every SAE with clean and zero-ablation CE as lines; one figure a policy, one panel a model."""
     found = []
     for block in blocks(cells.rows):
-        panels = [(f"{m} model", [row for row in block.rows if row["model"] == m]) for m in ("base", "chat")]
+        panels = [(f"{m} model", [row for row in block.rows if row["model"] == m]) for m in SIDES]
         found.append(_bars(f"ce_bars_{block.policy.name}", panels, block.labels, f"{block.circumstances()}"))
     return found
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from sae_transfer.config import SIDES
 from sae_transfer.report.cells import Block, Policy, Role, blocks, is_native, role, settings, traits
 from sae_transfer.report.columns import METRICS, WITHOUT_GAP
 from sae_transfer.report.formats import Line, Table
@@ -61,7 +62,7 @@ def judgements(cells: Cells, margin: float) -> list[Judgement]:
             if Policy.of(gap) != block.policy:
                 continue
             row, native = (cell[gap[end], gap["model"]] for end in ("transferred", "native"))
-            if row["sae_trained_on"] not in ("base", "chat") or "control" in (role(row), role(native)):
+            if row["sae_trained_on"] not in SIDES or "control" in (role(row), role(native)):
                 continue
             interval = Gap(*(number(gap, f"ce_delta_{end}") for end in ("gap", "low", "high")))
             floor = _noise_floor(cells.seeds, cell, native)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sae_transfer.analysis.metrics import BOOTSTRAP_SEED
-from sae_transfer.config import Study, study_hash
+from sae_transfer.config import SIDES, Study, study_hash
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import (
     TOKENIZER_FILES,
@@ -42,7 +42,6 @@ from sae_transfer.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
-SIDES = ("base", "chat")
 _LOADING = threading.Lock()  # transformers patches global state while it loads a model
 
 

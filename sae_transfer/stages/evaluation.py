@@ -12,9 +12,9 @@ from sae_transfer.analysis.norms import choose_threshold, is_outlier
 from sae_transfer.analysis.outliers import describe_outliers
 from sae_transfer.analysis.site import OneModelAtATime
 from sae_transfer.analysis.weights import compare
-from sae_transfer.config import Instruct, require_saes
+from sae_transfer.config import SIDES, Instruct, require_saes
 from sae_transfer.saes.store import WEIGHTS_FILE
-from sae_transfer.stages.context import SIDES, Context, dataset_digests, fingerprint_of_tokenizer
+from sae_transfer.stages.context import Context, dataset_digests, fingerprint_of_tokenizer
 from sae_transfer.stages.stored import (
     budgeted_directories,
     load_saes,

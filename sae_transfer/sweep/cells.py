@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sae_transfer.config import Study, number_fields
+from sae_transfer.config import SIDES, Study, number_fields
 from sae_transfer.errors import StudyError
 from sae_transfer.study import digest, write_json, write_text
 from sae_transfer.study_file import load_study, parse_study_file, resolved_yaml
@@ -169,7 +169,7 @@ def _words(settings: dict[str, Any]) -> str:
 def _compare(cell: Cell, path: Path) -> None:
     """A frozen study against the one asked for now; the numbers' settings agree, because the id does."""
     frozen, asked = (study.model_dump(mode="json") for study in (parse_study_file(path), cell.study))
-    for side in ("base", "chat"):  # a run resolves these
+    for side in SIDES:  # a run resolves these
         if asked["pair"][f"{side}_revision"] is None:
             frozen["pair"][f"{side}_revision"] = None
     if asked["tokens"]["revision"] is None:
