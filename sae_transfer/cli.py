@@ -58,7 +58,9 @@ Force = Annotated[bool, typer.Option("--force", help="Do a stage again whose inp
 RetryLR = Annotated[
     float | None,
     typer.Option(
-        "--retry-lr", metavar="X", help="Go on from the checkpoints with peak learning rate X, after a blow-up."
+        "--retry-lr",
+        metavar="X",
+        help="After a blow-up: all trainings that have checkpoints go on from them with peak learning rate X.",
     ),
 ]
 

@@ -28,7 +28,13 @@ class ConsoleHandler(logging.Handler):
             self.addFilter(ThinProgress(PLAIN_EVERY_S))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show one record."""
+        """Show one record; what cannot be shown, as on a full disk, ends nothing."""
+        try:
+            self._show(record)
+        except Exception:
+            self.handleError(record)
+
+    def _show(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         progress = getattr(record, "progress", None)
         if self._status is not None and progress is not None and progress[1] < progress[2]:

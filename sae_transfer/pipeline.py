@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sae_transfer.config import SIDES, Study
-from sae_transfer.errors import StudyError
+from sae_transfer.errors import StudyError, is_out_of_memory
 from sae_transfer.models.pair import fingerprint, resolve_pair
 from sae_transfer.saes.checkpoints import CHECKPOINTS, STATE_FILE
 from sae_transfer.stages.context import Context
@@ -133,6 +133,7 @@ def _opened(
     study = study.model_copy(update={"pair": pair.model_copy(update=revisions)})
     tracking = study.tracking
     with (
+        _out_of_memory_said(),
         RunDirectory.open(root, identity, sides) as run,
         open_tracker(
             tracking.wandb,
@@ -149,6 +150,21 @@ def _opened(
         yield Context(
             study, run, checkpoints, fingerprints, device, tracker, found, force=force, redo=redo, retry_lr=retry_lr
         )
+
+
+@contextmanager
+def _out_of_memory_said() -> Iterator[None]:
+    """Say of what no stage said it more exactly that memory did not suffice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StudyError(
+            f"out of memory ({found}); finished stages are kept, and checkpoints",
+            "a device with more memory (sae-transfer check CONFIG says how much), or pair.dtype: bfloat16",
+        ) from error
 
 
 def _refuse_to_retry_nothing(roots: Iterable[Path], retry_lr: float | None) -> None:

@@ -243,12 +243,7 @@ class RunDirectory:
                     "choose an empty or new directory with --out DIR",
                 )
             return
-        written_by = (there.get("packages") or {}).get("sae-transfer", __version__)
-        if _is_newer(written_by):
-            raise StudyError(
-                f"{self.root}: was written by sae-transfer {written_by}, and this is {__version__}",
-                f"install sae-transfer {written_by} or later, or choose another place with --out DIR",
-            )
+        refuse_newer(self.root)
         known = there.get("identity") or {}
         other = [label for label in identity if label in known and known[label] != identity[label]]
         if other:
@@ -314,6 +309,20 @@ class RunDirectory:
                 known = manifest.get(key)
                 manifest[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
             write_json(path, manifest)
+
+
+def refuse_newer(root: Path) -> None:
+    """Refuse a run directory that a newer version wrote.
+
+    Raises:
+        StudyError: It was.
+    """
+    written_by = (read_json(root / "manifest.json").get("packages") or {}).get("sae-transfer", __version__)
+    if _is_newer(written_by):
+        raise StudyError(
+            f"{root}: was written by sae-transfer {written_by}, and this is {__version__}",
+            f"install sae-transfer {written_by} or later, or choose another place with --out DIR",
+        )
 
 
 class _SharedLog(RotatingFileHandler):

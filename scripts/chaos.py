@@ -66,7 +66,7 @@ PLACES = {
 }
 SIGNALS = [signal.SIGKILL] * 7 + [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT]
 EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGUSR2: 75, signal.SIGINT: 130}
-DAMAGED = 0.2  # of the deaths in training
+DAMAGED = 0.5  # of the deaths in training
 POLL_S, LIMIT_S = 0.01, 600
 LONGEST_S = 3.0  # from the start of a stage to its kill
 
@@ -238,14 +238,14 @@ def one_round(
     if code is None:
         time.sleep(delay)
         code = run.kill(number)
-    elif code == 0:
-        return None
+    if code == 0:
+        return None  # it was over before
     stage = stage_of(root)
     count = counts[stage]
     count.kills += 1
     said = run.output.read_text()
     problem = ""
-    if code not in (0, EXIT_CODES[number]):
+    if code != EXIT_CODES[number]:
         problem = f"ended with {code} after {signal.Signals(number).name}: {said}"
     elif any(records(root).get(name) != text for name, text in before.items()):
         problem = "a finished stage was done again"
@@ -268,12 +268,14 @@ def stored(root: Path) -> set[str]:
 
 
 def finish(root: Path, study: Path, console: Console) -> int:
-    """Let the run end; gives 1 if it does not."""
+    """Let the run end; gives 1 if it does not, or does not go on from every checkpoint."""
+    saved = checkpointed(root)
     run = Run(study, root)
-    code = run.wait()
-    if code:
-        console.print(f"{root.name}: ended with {code}: {run.output.read_text()}", style="red")
-    return int(bool(code))
+    code, said = run.wait(), run.output.read_text()
+    unused = {name for name in saved if f"{name}: going on from" not in said and f"{name}: trained already" not in said}
+    if code or unused:
+        console.print(f"{root.name}: ended with {code}; not used: {unused or 'none'}: {said}", style="red")
+    return int(bool(code or unused))
 
 
 def table_of(counts: dict[str, Count]) -> Table:

@@ -30,8 +30,10 @@ if ! command -v "${commands[@]}" >/dev/null || (($(command -v "${commands[@]}" |
         exit 2
     fi
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq
-    apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+    if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null; }; then
+        echo "SLURM cannot be installed: ${packages[*]}." >&2
+        exit 2
+    fi
 fi
 
 # Containers may not resolve their own name.

@@ -1,9 +1,11 @@
 """Studies end to end on a random pair: what is written, what is done again, what is refused."""
 
 import json
+import logging
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from sae_transfer.analysis.metrics import METRICS
 from sae_transfer.errors import StudyError
 from sae_transfer.models.tokens import load_token_set
 from sae_transfer.pipeline import run_stages
+from sae_transfer.report.page import write_report
+from sae_transfer.stages import context
 from sae_transfer.study_file import load_study, parse_study_file
 from tests.checkpoints import make_checkpoint
 from tests.saes.saes import identity_sae, random_training_sae, save_inference
@@ -278,6 +282,38 @@ def test_an_sae_of_the_wrong_width_is_refused(llama_pair: tuple[Path, Path], tex
     assert not (tmp_path / "run" / "cross_eval" / "rows.csv").exists()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore")])
+def test_a_lack_of_memory_anywhere_is_said_with_what_to_do(
+    error: Exception, study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(context, "load_model", fail)
+    with pytest.raises(
+        StudyError, match=r"out of memory \(.*\); finished stages are kept.*\n  try: a device with more"
+    ):
+        run_stages(load_study(study_file), tmp_path / "run", ("train",))
+
+
+def test_no_secret_reaches_a_file(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {
+        "HF_TOKEN": "hf_secretsecretsecret",
+        "WANDB_API_KEY": "0123456789abcdef0123",
+        "MY_PASSWORD": "hushhushhush",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["sae-transfer", "run", f"--set=name={secrets['HF_TOKEN']}"])
+    logging.getLogger("sae_transfer").setLevel(logging.INFO)
+    run_stages(load_study(study_file), tmp_path / "run", ALL)
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert (tmp_path / "run" / "report" / "index.html") in written
+    for path in written:
+        content = path.read_bytes()
+        assert not [name for name, value in secrets.items() if value.encode() in content], path
+
+
 def test_a_directory_in_use_is_refused_until_its_process_is_gone(finished: Path, study_file: Path) -> None:
     holder = hold(finished, "base", "chat")
     with pytest.raises(StudyError, match="another sae-transfer process"):
@@ -292,8 +328,11 @@ def test_a_run_directory_of_a_newer_version_is_refused_with_both_named(finished:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["packages"]["sae-transfer"] = "99.1"
     (run / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(StudyError, match=rf"sae-transfer 99\.1, and this is {re.escape(__version__)}"):
+    both = rf"sae-transfer 99\.1, and this is {re.escape(__version__)}"
+    with pytest.raises(StudyError, match=both):
         run_stages(parse_study_file(run / "study.yaml"), run, ("cross-eval",))
+    with pytest.raises(StudyError, match=both):
+        write_report(run)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -139,11 +139,12 @@ def test_checkpoints_of_other_settings_are_refused_and_force_starts_anew(
         patch.setattr(ActivationStream, "batch", signalled)
         with pytest.raises(signals.Stopped):
             run_stages(load_study(study_file), run, ("train",))
-    before = {path: path.read_bytes() for path in run.glob("saes/**/*") if path.is_file()}
+    before = {path: path.read_bytes() for path in (run / "study.yaml", *run.glob("saes/**/*")) if path.is_file()}
     other = load_study(study_file, ["train.lr=0.002"])
     with pytest.raises(StudyError, match=r"(?s)checkpoints/40: belongs to another training.*: schedule\n.*--force"):
         run_stages(other, run, ("train",))
-    assert {path: path.read_bytes() for path in run.glob("saes/**/*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path for path in run.glob("saes/**/*") if path.is_file()} < set(before)
     run_stages(other, run, ("train",), force=True)
     run_stages(other, tmp_path / "uncut", ("train",))
     assert saes_of(run) == saes_of(tmp_path / "uncut")

@@ -11,11 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sae_transfer.errors import StudyError
+from sae_transfer.models import conversations
 from sae_transfer.models.chat import read_rollouts, section_positions
 from sae_transfer.models.tokens import load_token_set
 from sae_transfer.pipeline import STAGES, run_stages
 from sae_transfer.saes.training import continued_sae
+from sae_transfer.stages.context import dataset_digests
 from sae_transfer.study_file import load_study
+from tests.checkpoints import words_of
 from tests.saes.saes import ARCHITECTURES, SPARSITY, random_training_sae
 from tests.studies import read_rows, write_study
 
@@ -233,9 +236,73 @@ def test_fine_tuning_on_rollouts_uses_instructions_that_are_not_evaluated(study_
     run_stages(load_study(study_file, overrides), tmp_path / "run", ("train", "finetune"))
     directory = tmp_path / "run" / "saes" / "finetuned-standard-w32-l1_3-s0-256"
     assert json.loads((directory / "provenance.json").read_text())["data"] == "rollouts"
+    assert sorted(path.name for path in (tmp_path / "run" / "finetune").iterdir()) == ["positions.npy", "sequences.npy"]
     too_many = [*overrides, "finetune.tokens=[20k]"]
     with pytest.raises(StudyError, match="20,000 tokens are asked for, and 28 instructions"):
         run_stages(load_study(study_file, too_many), tmp_path / "other", ("train", "finetune"))
+
+
+def test_answers_to_fine_tune_on_that_are_made_are_kept_when_the_rest_is_cut(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [
+        "saes=[{widths: [32]}]",
+        "finetune={tokens: [256], data: rollouts, batch_size: 32}",
+        "instruct.batch_size=1",
+        "train.tokens=512",
+    ]
+    study = load_study(study_file, overrides)
+    monkeypatch.setattr(conversations, "BATCHES_AT_ONCE", 1)
+    run_stages(study, tmp_path / "uncut", ("train", "finetune"))
+    answer, n_answered = conversations.generate_rollouts, 0
+
+    def cut(*arguments: Any, **options: Any) -> Any:
+        nonlocal n_answered
+        n_answered += 1
+        if n_answered == 4:
+            raise KeyboardInterrupt
+        return answer(*arguments, **options)
+
+    monkeypatch.setattr(conversations, "generate_rollouts", cut)
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(study, run, ("train", "finetune"))
+    assert len(list(run.glob("finetune/parts-*/*.jsonl"))) == 3
+    run_stages(study, run, ("finetune",))
+    files = [path.relative_to(run) for path in (*run.glob("finetune/*"), *run.glob("saes/finetuned*/*"))]
+    assert len(files) == 2 + 4
+    assert all((run / file).read_bytes() == (tmp_path / "uncut" / file).read_bytes() for file in files)
+    whole = n_answered
+    n_answered = 4
+    run_stages(study, tmp_path / "again", ("train", "finetune"))
+    assert whole - 4 == n_answered - 4 - 3, "what was answered before the cut is not answered again"
+
+
+def test_a_changed_instruction_file_changes_what_is_fine_tuned_on_it(study_file: Path, tmp_path: Path) -> None:
+    instructions = tmp_path / "instructions.jsonl"
+    lines = [json.dumps({"instruction": f"say {word}"}) for word in words_of(7, 40).split()[:40]]
+    instructions.write_text("\n".join(lines))
+    overrides = [
+        "saes=[{widths: [32]}]",
+        "finetune={tokens: [256], data: rollouts, batch_size: 32}",
+        f"instruct.dataset={instructions}",
+        "train.tokens=512",
+    ]
+    study, run = load_study(study_file, overrides), tmp_path / "run"
+    run_stages(study, run, ("train", "finetune"))
+    instructions.write_text("\n".join(reversed(lines)))
+    with pytest.raises(StudyError, match="changed since: content of the instructions"):
+        run_stages(study, run, ("finetune",))
+
+
+def test_every_file_of_a_dataset_in_directories_counts(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "data.arrow").write_text(split)
+    before = dataset_digests(str(tmp_path))
+    (tmp_path / "train" / "data.arrow").write_text("other")
+    after = dataset_digests(str(tmp_path))
+    assert {name for name in after if after[name] != before[name]} == {"train/data.arrow"}
 
 
 def test_stages_that_need_others_say_which_verb_makes_them(study_file: Path, tmp_path: Path) -> None:

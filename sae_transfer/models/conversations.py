@@ -1,13 +1,22 @@
 """Instruction-formatted training sequences: instructions in the chat template, with the chat model's own answers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sae_transfer.errors import StudyError
-from sae_transfer.models.chat import Rollout, end_of_turn_ids, generate_rollouts, make_prompts, pack
+from sae_transfer.models.chat import (
+    Rollout,
+    end_of_turn_ids,
+    generate_rollouts,
+    make_prompts,
+    pack,
+    read_rollouts,
+    write_rollouts,
+)
 from sae_transfer.models.instructions import read_instructions
 
 if TYPE_CHECKING:
@@ -28,6 +37,7 @@ def chat_sequences(
     max_new_tokens: int,
     batch_size: int,
     n_tokens: int,
+    parts: Path,
     progress: Callable[[int], None],
 ) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
     """Have the chat model answer instructions that evaluation does not use, until there are enough tokens.
@@ -42,6 +52,7 @@ def chat_sequences(
         max_new_tokens: Longest answer.
         batch_size: Rows a batch.
         n_tokens: How many tokens are wanted, prompts included.
+        parts: Directory of these answers, where they are kept as they come: what is there is not made again.
         progress: Told the tokens made so far.
 
     Returns:
@@ -57,16 +68,19 @@ def chat_sequences(
     rollouts: list[Rollout] = []
     made = 0
     for start in range(0, len(order), batch_size * BATCHES_AT_ONCE):
-        chosen = [texts[i] for i in order[start : start + batch_size * BATCHES_AT_ONCE]]
-        answered = generate_rollouts(
-            model,
-            tokenizer,
-            make_prompts(tokenizer, chosen, template),
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            end_ids=end_ids,
-        )
-        kept = [rollout for rollout in answered if not rollout.is_empty]
+        part = parts / f"{start}.jsonl"
+        if not part.exists():
+            chosen = [texts[i] for i in order[start : start + batch_size * BATCHES_AT_ONCE]]
+            answered = generate_rollouts(
+                model,
+                tokenizer,
+                make_prompts(tokenizer, chosen, template),
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                end_ids=end_ids,
+            )
+            write_rollouts(part, answered)
+        kept = [rollout for rollout in read_rollouts(part) if not rollout.is_empty]
         rollouts += kept
         made += sum(len(rollout.token_ids) for rollout in kept)
         progress(min(made, n_tokens))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from sae_transfer.config import Study
 from sae_transfer.errors import StudyError
 from sae_transfer.report.columns import CONTEXT, METRICS
+from sae_transfer.study import refuse_newer
 
 Row = dict[str, str]
 
@@ -137,11 +138,15 @@ class Results:
     """A run directory's results, each file read when it is first asked for."""
 
     def __init__(self, run: Path) -> None:
-        """Wrap a path; nothing is read.
+        """Wrap a path; no result is read.
 
         Args:
             run: A run directory.
+
+        Raises:
+            StudyError: A newer version wrote it.
         """
+        refuse_newer(run)
         self.run = run
 
     @property

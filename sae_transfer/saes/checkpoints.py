@@ -184,7 +184,7 @@ class Checkpoints:
         self.remove([step for step in self.steps() if step > newest])
 
     def _warn(self, directory: Path, name: str) -> None:
-        logger.warning("%s: the checkpoint %s is damaged (%s); the one before is used", self._name, directory, name)
+        logger.warning("%s: the checkpoint %s is damaged (%s) and passed over", self._name, directory, name)
 
 
 def common_starts(each: Sequence[Checkpoints]) -> list[Checkpoint | None]:

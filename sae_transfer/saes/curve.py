@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sae_transfer.errors import StudyError
-from sae_transfer.study import sync
+from sae_transfer.study import sync, write_text
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "train_log.jsonl"
+TOLD_FILE = "train_log.told"  # number of entries that were told to a tracker, where the log has been cut to fewer
 
 
 class CurveLog:
@@ -34,7 +35,13 @@ class CurveLog:
         if len(whole) < n_kept:
             logger.warning("%s: has %d of the %d entries before the checkpoint", path, len(whole), n_kept)
         self.n_entries = n_kept
-        self._n_told = n_kept if is_new else max(n_kept, len(whole))
+        self._told_path = path.with_name(TOLD_FILE)
+        if is_new:
+            self._told_path.unlink(missing_ok=True)
+        told = self._told_path.read_text() if self._told_path.exists() else "0"
+        self._n_told = n_kept if is_new else max(n_kept, len(whole), int(told))
+        if self._n_told > max(n_kept, int(told)):
+            write_text(self._told_path, str(self._n_told))  # before the lines go
         self._size = sum(map(len, whole[:n_kept]))
         self._waiting = b""
         self.flush()
@@ -73,6 +80,10 @@ class CurveLog:
                 f"{self._path}: cannot be written ({error.strerror or error})",
                 "check free space and permissions, or choose another place with --out DIR",
             ) from error
+
+    def close(self) -> None:
+        """The curve is whole: what was told of it no longer matters."""
+        self._told_path.unlink(missing_ok=True)
 
     def _write(self) -> None:
         with self._path.open("ab") as file:

@@ -22,7 +22,7 @@ from sae_transfer import signals
 from sae_transfer.errors import StudyError, is_out_of_memory
 from sae_transfer.progress import Meter
 from sae_transfer.saes.checkpoints import KEPT, Checkpoint, Checkpoints, common_starts
-from sae_transfer.saes.curve import LOG_FILE, CurveLog
+from sae_transfer.saes.curve import LOG_FILE, TOLD_FILE, CurveLog
 from sae_transfer.saes.store import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE, is_finite, load_own, save_trained
 from sae_transfer.saes.stream import ActivationStream
 from sae_transfer.saes.trainer import FastTrainer, StepOutput
@@ -32,6 +32,7 @@ from sae_transfer.throughput import CHECKPOINT
 logger = logging.getLogger(__name__)
 
 LOG_POINTS = 500  # of a training curve, at most
+DEAR_CHECKPOINTS = 0.02  # of the time
 EXPLODED = 100  # times the mean squared norm of a batch: an SAE that puts out nothing has an MSE of 1 of them
 # SAELens's moving average of the batchtopk threshold forgets its start at rate 0.01: e^-4 of it is left after this.
 BATCHTOPK_SETTLED_STEPS = 400
@@ -170,6 +171,7 @@ def train_saes(
     device: str,
     label: str,
     checkpoint_every_min: float,
+    on_accepted: Callable[[], None] = lambda: None,
     retry_lr: float | None = None,
     force: bool = False,
 ) -> None:
@@ -188,6 +190,7 @@ def train_saes(
         device: Where SAEs and stream are.
         label: For the progress line.
         checkpoint_every_min: Minutes, wall clock, between checkpoints; one is written as well when asked to stop.
+        on_accepted: Called once nothing that is stored belongs to another training, before any training goes on.
         retry_lr: Peak learning rate for those that go on from a checkpoint, from there on.
         force: Train anew what was begun or stored under another identity, instead of refusing.
 
@@ -198,9 +201,8 @@ def train_saes(
     """
     todo = [_Training(trainee) for trainee in trainees]
     todo = [training for training in todo if not training.is_stored(force)]
-    if not todo:
-        return
-    starts = common_starts([training.checkpoints for training in todo])
+    starts = common_starts([training.checkpoints for training in todo]) if todo else []
+    on_accepted()
     steps = [start.step if start else 0 for start in starts]
     failed: list[_Training] = []
     try:
@@ -221,7 +223,8 @@ def train_saes(
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StudyError(
             f"{label}: out of memory ({found}); checkpoints are kept",
-            "lower train.batch_size (finetune.batch_size), or put widths into studies of their own: fewer SAEs at once",
+            "lower train.batch_size (finetune.batch_size), or have fewer SAEs share a stream: widths in studies"
+            " of their own, launcher.cells_per_job in a sweep",
         ) from error
     if failed:
         stored = "" if len(failed) == len(trainees) else "; the other SAEs are stored"
@@ -252,7 +255,8 @@ def discard_sae(directory: Path) -> None:
         directory: `saes/<id>`.
     """
     (directory / PROVENANCE_FILE).unlink(missing_ok=True)
-    (directory / LOG_FILE).unlink(missing_ok=True)  # a new curve, none of which has been told to anyone
+    for name in (LOG_FILE, TOLD_FILE):  # a new curve, none of which has been told to anyone
+        (directory / name).unlink(missing_ok=True)
     Checkpoints(directory, {}).remove_all()
 
 
@@ -286,6 +290,7 @@ class _Training:
             return False
         logger.info("%s: trained already", self.name)
         self.checkpoints.remove_all()
+        (directory / TOLD_FILE).unlink(missing_ok=True)
         return True
 
     def begin(self, trainer: FastTrainer, start: Checkpoint | None, retry_lr: float | None) -> None:
@@ -352,6 +357,7 @@ class _Training:
         }
         save_trained(self.trainee.sae, norm_scale, self.trainee.directory, provenance)
         self.checkpoints.remove_all()
+        self.curve.close()
 
 
 def _train_group(
@@ -366,6 +372,7 @@ def _train_group(
     log_every = max(1, n_steps // LOG_POINTS)
     meter = Meter(label, n_steps * batch_size, "tokens")
     alive, step, saved_step, saved_at = list(group), start, start, time.monotonic()
+    has_warned = False
     try:
         for batch in stream.batches(start):
             signals.check()
@@ -388,14 +395,30 @@ def _train_group(
                         training.trainee.on_log(training.name, entry)
                 meter.update(step * batch_size, _shown(figures))
             if is_due:
+                began = time.monotonic()
                 with stream.throughput.timing(CHECKPOINT, (step - saved_step) * batch_size):
                     saved_step = step if _save(alive, label, step) else saved_step
                 saved_at = time.monotonic()
+                has_warned = has_warned or _warn_if_dear(saved_at - began, 60 * checkpoint_every_min)
     except signals.Stopped:
         if step > saved_step:
             _save([training for training in alive if training.is_sound(with_weights=True)], label, step)
         raise
     return alive
+
+
+def _warn_if_dear(seconds: float, interval: float) -> bool:
+    """Say it when checkpoints take a notable part of the time; whether it was said."""
+    share = seconds / (seconds + interval)
+    if share > DEAR_CHECKPOINTS:
+        logger.warning(
+            "a checkpoint took %.1f s, and checkpoints so often %.0f%% of the time; a faster disk, or"
+            " compute.checkpoint_every_min: %.2g, would make that less than 2%%",
+            seconds,
+            100 * share,
+            seconds / DEAR_CHECKPOINTS / 60,
+        )
+    return share > DEAR_CHECKPOINTS
 
 
 def _save(alive: Sequence[_Training], label: str, step: int) -> bool:

@@ -125,8 +125,11 @@ class Context:
                 self.stage("scales", inputs, lambda: write_text(self.run.root / "scales.json", scales))
 
     def devices(self, n: int) -> list[str]:
-        """As many of this machine's GPUs as there are, at most n; else the one device."""
-        if self.device == "cuda" and torch.cuda.device_count() > 1:
+        """As many of this machine's GPUs as there are, at most n; else the one device.
+
+        Only for bfloat16: the steps of one training would put a float32 model in another thread into TF32 at times.
+        """
+        if self.device == "cuda" and self.training_dtype == "bfloat16" and torch.cuda.device_count() > 1:
             return [f"cuda:{index}" for index in range(min(n, torch.cuda.device_count()))]
         return [self.device]
 
@@ -142,6 +145,7 @@ class Context:
     ) -> None:
         """Do a stage unless it is done, and record it."""
         if self.is_due(name, inputs, verb=verb, outputs=outputs):
+            self.adopt()
             started = time.monotonic()
             work()
             self.finish(name, inputs, time.monotonic() - started, throughput)
@@ -169,12 +173,15 @@ class Context:
                 f"{name}: was done in {self.run.root} with other inputs; changed since: {', '.join(changed)}",
                 "--force to do it again there, or --out DIR to keep both",
             )
-        self.run.adopt(self.study)
         if changed is not None:  # to be done anew, also if that is cut and continued: so before the record goes
             for path in outputs:
                 discard(path.parent)
         self.run.forget(name)
         return True
+
+    def adopt(self) -> None:
+        """From now on, what is done in the run directory is done for this study: nothing there refuses it."""
+        self.run.adopt(self.study)
 
     def finish(
         self, name: str, inputs: Mapping[str, Any], seconds: float, throughput: Throughput | None = None
@@ -329,10 +336,13 @@ def _link(source: Path, target: Path) -> None:
 
 
 def dataset_digests(dataset: str) -> dict[str, str]:
-    """Digests of a local dataset's files by name; none of what lies elsewhere."""
+    """Digests of a local dataset's files, by their paths in it; none of what lies elsewhere."""
     path = Path(dataset)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return {file.name: sampled_digest(file) for file in files if file.is_file()}
+    if path.is_file():
+        return {path.name: sampled_digest(path)}
+    return {
+        file.relative_to(path).as_posix(): sampled_digest(file) for file in sorted(path.rglob("*")) if file.is_file()
+    }
 
 
 def fingerprint_of_tokenizer(checkpoint: Checkpoint) -> dict[str, str]:

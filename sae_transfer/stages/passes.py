@@ -45,12 +45,14 @@ class Task:
     Attributes:
         where: The run directory, for messages.
         is_due: Whether it has to be done; refuses changed inputs, and forgets the old record.
+        adopt: Makes the run directory the study's; called once no checkpoint there refuses it.
         finish: Writes the stage's record, told how many seconds it took, and at what rates its parts went.
         passes: In order; asked for when the task is due.
     """
 
     where: str
     is_due: Callable[[], bool]
+    adopt: Callable[[], None]
     finish: Callable[[float, Throughput], None]
     passes: Callable[[], Sequence[Pass]]
 
@@ -74,6 +76,11 @@ def carry_out(tasks: Sequence[Task], device: str) -> None:
     plans = [task.passes() for task in due]
     for task, passes in zip(due[1:], plans[1:], strict=True):
         _refuse_if_different(due[0].where, plans[0], task.where, passes)
+
+    def adopt() -> None:
+        for task in due:
+            task.adopt()
+
     missing = [0] * len(due)
     failure: Diverged | None = None
     for shared in zip(*plans, strict=True):
@@ -81,7 +88,7 @@ def carry_out(tasks: Sequence[Task], device: str) -> None:
         try:
             together = list(chain.from_iterable(trainees))
             stream = shared[0].open_stream(device, throughput)
-            train_saes(together, stream, device=device, label=shared[0].label, **shared[0].options)
+            train_saes(together, stream, device=device, label=shared[0].label, on_accepted=adopt, **shared[0].options)
         except Diverged as diverged:  # the other passes do not depend on it
             failure = failure or diverged
         for index, own in enumerate(trainees):

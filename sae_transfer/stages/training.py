@@ -1,6 +1,7 @@
 """The stages train and finetune: what their numbers depend on, as tasks that several studies can share."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -22,10 +23,7 @@ from sae_transfer.saes.training import Schedule, Trainee, continued_sae, discard
 from sae_transfer.stages.context import Context, dataset_digests, fingerprint_of_tokenizer
 from sae_transfer.stages.passes import Pass, Task, carry_out, carry_out_at_once
 from sae_transfer.stages.stored import budgeted_directories, short_count
-from sae_transfer.study import (
-    file_digest,
-    replacing,
-)
+from sae_transfer.study import digest, file_digest, replacing
 from sae_transfer.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -135,6 +133,7 @@ def finetuning(context: Context, finetune: Finetune) -> Task:
             "norm scales": context.norm_scales(),
             "dtype": [context.training_dtype, context.autocast],
             "instruct": _rollout_settings(context, finetune),
+            "content of the instructions": _instruction_digests(context, finetune),
         }
 
     def trainees(budget: int, device: str) -> Iterator[Trainee]:
@@ -173,6 +172,17 @@ def _rollout_settings(context: Context, finetune: Finetune | None) -> dict[str, 
     return instruct.model_dump(mode="json")
 
 
+def _instruction_digests(context: Context, finetune: Finetune | None) -> dict[str, str] | None:
+    settings = _rollout_settings(context, finetune)
+    return None if settings is None else dataset_digests(settings["dataset"])
+
+
+def _digests_of_rollouts(context: Context, finetune: Finetune | None) -> list[str] | None:
+    if _rollout_settings(context, finetune) is None:
+        return None
+    return [file_digest(context.run.root / "finetune" / name) for name in ROLLOUT_ARRAYS]
+
+
 def _task(
     context: Context,
     name: str,
@@ -184,6 +194,7 @@ def _task(
     return Task(
         where=str(context.run.root),
         is_due=lambda: context.is_due(name, inputs(), verb=verb, outputs=outputs, discard=discard_sae),
+        adopt=context.adopt,
         finish=lambda seconds, throughput: context.finish(name, inputs(), seconds, throughput),
         passes=passes,
     )
@@ -213,6 +224,7 @@ def _pass(
             "norm scale": scale,
             "dtype": [context.training_dtype, context.autocast],
             "instruct": _rollout_settings(context, finetune),
+            "rollouts": _digests_of_rollouts(context, finetune),
         },
         open_stream=lambda device, throughput: _stream(
             context, side, batch_size, n_batches, finetune, device, throughput
@@ -321,6 +333,9 @@ def _make_rollouts_to_read(context: Context, finetune: Finetune) -> None:
         "finetune.tokens": n_tokens,
         "dtype": context.evaluation_dtype,
     }
+    directory = context.run.root / "finetune"
+    # answers do not depend on how many are wanted
+    parts = directory / f"parts-{digest({**inputs, 'finetune.tokens': None})[:12]}"
 
     def work() -> None:
         checkpoint = context.checkpoints["chat"]
@@ -334,10 +349,13 @@ def _make_rollouts_to_read(context: Context, finetune: Finetune) -> None:
             max_new_tokens=instruct.max_new_tokens,
             batch_size=instruct.batch_size,
             n_tokens=n_tokens,
+            parts=parts,
             progress=Meter("rollouts to fine-tune on", n_tokens, "tokens").update,
         )
         for name, array in zip(ROLLOUT_ARRAYS, made, strict=True):
-            with replacing(context.run.root / "finetune" / name) as file, file.open("wb") as handle:
+            with replacing(directory / name) as file, file.open("wb") as handle:
                 np.save(handle, array)
+        for path in directory.glob("parts-*"):
+            shutil.rmtree(path)
 
     context.stage("finetune-rollouts", inputs, work, verb="finetune")

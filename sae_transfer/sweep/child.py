@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from sae_transfer.errors import StudyError
 from sae_transfer.redaction import redacted
 from sae_transfer.signals import PARENT_VARIABLE
 from sae_transfer.study import PATIENCE_VARIABLE
@@ -30,7 +32,7 @@ from sae_transfer.sweep.states import (
 
 LOG_BYTES = 2**22
 POLL_S = 0.1
-STOP_WITHIN_S = 120.0  # the checkpoint of the largest SAEs takes a minute on a slow disk
+STOP_WITHIN_S = 600.0  # checkpoints of several of the largest SAEs take minutes on a slow disk
 
 
 class Child:
@@ -62,11 +64,8 @@ class Child:
                 },
             )
 
-        def running(record: Record) -> Record:
-            host, pid = socket.gethostname(), self._process.pid
-            return replace(record, state="running", host=host, pid=pid, started=now(), message="", exit_code=None)
-
-        update_record(directory, job.name, running)
+        self._started, self._is_recorded = now(), False
+        self.tend()
 
     def exit_code(self) -> int | None:
         """Of the process, negative for a signal; None while it runs.
@@ -78,12 +77,20 @@ class Child:
             return None
         return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
-    def bound_log(self) -> None:
-        """Move a log that has grown too long aside. The process goes on writing to the same file, at its new end."""
-        if self._log.stat().st_size > LOG_BYTES:
-            shutil.copyfile(self._log, self._log.with_name("log.previous.txt"))
-            os.truncate(self._log, 0)
-            self._offset = 0
+    def tend(self) -> None:
+        """What is to be done while it runs: record that it does, and move a log that has grown too long aside.
+
+        Nothing that fails here, on a full disk or otherwise, ends the job: it is tried again at the next call.
+        """
+        with suppress(OSError, StudyError):
+            if not self._is_recorded:
+                update_record(self._directory, self.job.name, self._running)
+                self._is_recorded = True
+            # the process goes on writing to the same file, at its new end
+            if self._log.stat().st_size > LOG_BYTES:
+                shutil.copyfile(self._log, self._log.with_name("log.previous.txt"))
+                os.truncate(self._log, 0)
+                self._offset = 0
 
     def stop(self) -> None:
         """Ask it to write a checkpoint and end."""
@@ -100,8 +107,15 @@ class Child:
             os.kill(self._process.pid, signal.SIGKILL)
 
     def finish(self) -> Record:
-        """Write the end of a process that has ended, unless the job has been submitted again since it started."""
+        """Write the end of a process that has ended, unless the job has been submitted again since it started.
+
+        Raises:
+            StudyError: It cannot be written, as on a full disk; may be called again.
+        """
         code = self._process.wait()
+        if not self._is_recorded:
+            update_record(self._directory, self.job.name, self._running)
+            self._is_recorded = True
         error = redacted(last_error(self._log, self._offset))
 
         def end(record: Record) -> Record:
@@ -110,6 +124,10 @@ class Child:
             return ended(record, code, error) if is_own else record
 
         return update_record(self._directory, self.job.name, end)
+
+    def _running(self, record: Record) -> Record:
+        host, pid = socket.gethostname(), self._process.pid
+        return replace(record, state="running", host=host, pid=pid, started=self._started, message="", exit_code=None)
 
 
 def start(directory: Path, job: Job, environment: Mapping[str, str]) -> Child | None:
@@ -122,6 +140,9 @@ def start(directory: Path, job: Job, environment: Mapping[str, str]) -> Child | 
 
     Returns:
         The running job; None when there is nothing it can work on, which its state then says.
+
+    Raises:
+        OSError, StudyError: The disk is full; nothing was started.
     """
     jobs = {other.name: other for other in read_jobs(directory)}
     records = {name: read_record(directory, name) for name in (job.name, *job.needs)}

@@ -15,6 +15,17 @@ from sae_transfer.study_file import as_yaml, parse_other, read_mapping
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# Options of sbatch that submitit needs, or that would write elsewhere.
+OWN_SBATCH_OPTIONS = ("array", "chdir", "dependency", "error", "output", "signal", "time")
+
+
+def _no_own_option(values: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(key for key in values if key.replace("-", "_") in OWN_SBATCH_OPTIONS):
+        expected = f"options that sae-transfer does not set itself, as it does {', '.join(taken)}"
+        raise PydanticCustomError("study", "expected {expected}", {"expected": expected})
+    return values
+
+
 def _no_value_twice(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
         raise PydanticCustomError("study", "expected {expected}", {"expected": "no value twice"})
@@ -39,12 +50,17 @@ class Launcher(BaseModel):
         description="Time limit of a job on SLURM. Below 10 minutes, submitit counts a preemption as a time-out.",
     )
     signal_delay_s: Count = Field(
-        default=90, description="How long before the limit a job is told to write a checkpoint and is requeued."
+        default=90,
+        description="How long before its limit a job is told to write its checkpoints; they may take 70% of it.",
     )
     max_timeouts: Whole = Field(default=3, description="How often a job that reached its limit goes on by itself.")
     array_parallelism: Count = Field(default=8, description="Jobs of one array that run at once.")
     setup: tuple[Text, ...] = Field(default=(), description="Shell lines before each job, such as module load.")
-    slurm: dict[str, str | int | float | bool] = Field(
+    cells_per_job: Count | None = Field(
+        default=None,
+        description="Cells that may share a job, whose SAEs are then all on one GPU; null: all that share a stream.",
+    )
+    slurm: Annotated[dict[str, str | int | float | bool], AfterValidator(_no_own_option)] = Field(
         default={}, description="Any other option of sbatch, such as qos: normal."
     )
     slots: Count | None = Field(

@@ -54,12 +54,13 @@ class Job:
         return ["train", *studies, "--here", "--model", self.kind.removeprefix("train-")]
 
 
-def plan_jobs(cells: Sequence[Cell], earlier: Sequence[Job] = ()) -> list[Job]:
+def plan_jobs(cells: Sequence[Cell], earlier: Sequence[Job] = (), cells_per_job: int | None = None) -> list[Job]:
     """The jobs of a sweep. Those of earlier cells stay as they were; new cells get jobs of their own.
 
     Args:
         cells: All cells asked for.
         earlier: The jobs planned before.
+        cells_per_job: How many cells may train on one stream; None: all that can.
 
     Returns:
         All jobs, each after those it needs; the report last.
@@ -71,7 +72,9 @@ def plan_jobs(cells: Sequence[Cell], earlier: Sequence[Job] = ()) -> list[Job]:
             groups[_shared(cell.study)].append(cell)
     jobs = [job for job in earlier if job.kind != "report"]
     for members in groups.values():
-        jobs += _jobs_of(members)
+        each = cells_per_job or len(members)
+        for start in range(0, len(members), each):
+            jobs += _jobs_of(members[start : start + each])
     needs = tuple(job.name for job in jobs if job.kind == "evaluate")
     return [*jobs, Job(REPORT, "report", tuple(cell.id for cell in cells), needs, ())]
 

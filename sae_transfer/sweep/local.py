@@ -83,7 +83,11 @@ def start_supervisor(directory: Path) -> None:
             start_new_session=True,
             env=environment,
         )
-    while not is_supervised(directory) and process.poll() is None:
+    while not is_supervised(directory):
+        if process.poll() is not None:
+            raise StudyError(
+                f"the process that runs the jobs ended at once, with exit code {process.returncode}", f"read {said}"
+            )
         time.sleep(POLL_S)
 
 
@@ -206,8 +210,9 @@ def _collect(slots: dict[int, Child | None]) -> None:
         if child is None:
             continue
         if child.exit_code() is None:
-            child.bound_log()
-        else:
+            child.tend()
+            continue
+        with suppress(OSError, StudyError):  # while the disk is full, its end is still to be written
             record = child.finish()
             logger.info("%s: %s%s", child.job.name, record.state, f": {record.message}" if record.message else "")
             slots[slot] = None
@@ -223,9 +228,10 @@ def _fill(directory: Path, slots: dict[int, Child | None], wanted: int) -> bool:
         if slot is None:
             break
         if not any(records[need].state in LIVE for need in job.needs):
-            slots[slot] = start(directory, job, slot_environment(slot, wanted))
-            if slots[slot] is not None:
-                logger.info("%s: started in slot %d of %d", job.name, slot + 1, wanted)
+            with suppress(OSError, StudyError):  # while the disk is full, it waits
+                slots[slot] = start(directory, job, slot_environment(slot, wanted))
+                if slots[slot] is not None:
+                    logger.info("%s: started in slot %d of %d", job.name, slot + 1, wanted)
             records[job.name] = read_record(directory, job.name)
     return bool(waiting)
 
@@ -235,7 +241,8 @@ def _ended(directory: Path, lock: FileLock) -> bool:
     try:
         with FileLock(directory / SWEEP_LOCK).acquire(timeout=0):
             jobs = read_jobs(directory)
-            if any(read_record(directory, job.name).state == "submitted" for job in jobs):
+            records = [read_record(directory, job.name) for job in jobs]
+            if any(record.state == "submitted" and record.engine == "local" for record in records):
                 return False
             _leave(directory, lock)
             return True
@@ -251,7 +258,8 @@ def _stop(slots: dict[int, Child | None]) -> None:
         child.stop_within(STOP_WITHIN_S)
         while child.exit_code() is None:
             time.sleep(POLL_S)
-        child.finish()
+        with suppress(OSError, StudyError):  # whoever looks next sees that nobody supervises it
+            child.finish()
 
 
 if __name__ == "__main__":

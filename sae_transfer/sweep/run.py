@@ -86,7 +86,7 @@ def describe(path: Path, directory: Path, overrides: Sequence[str], device: Devi
     """
     sweep = load_sweep(path)
     cells = expand(sweep, overrides)
-    jobs = plan_jobs(cells, read_jobs(directory))
+    jobs = plan_jobs(cells, read_jobs(directory), sweep.launcher.cells_per_job)
     costs = job_costs(jobs, {cell.id: cell.study for cell in cells}, device, gpu=gpu)
     yield f"{len(cells)} cells, {len(jobs)} jobs, engine {sweep.launcher.engine}, in {directory}"
     for cell in cells:
@@ -144,6 +144,14 @@ def submit_sweep(
             retry_failed=retry_failed,
             max_attempts=sweep.launcher.max_attempts,
         )
+        if waiting := _waiting_in_slurm_for(chosen, jobs, records):
+            # they wait for the end of attempts that these replace: they are to wait for these
+            queue.cancel(record.scheduler_id for record in waiting.values() if record.scheduler_id)
+            for name in waiting:
+                records[name] = update_record(directory, name, lambda record: given_back(record, "to wait anew"))
+            chosen, held = choose(
+                jobs, records, directory, retry_failed=retry_failed, max_attempts=sweep.launcher.max_attempts
+            )
         for name, reason in held.items():
             logger.warning("%s: not submitted: %s", name, reason)
         lock = local.claim(directory) if foreground and chosen and sweep.launcher.engine == "local" else None
@@ -230,7 +238,7 @@ def cancel_sweep(directory: Path) -> int:
 def _write(sweep: SweepFile, cells: Sequence[Cell], directory: Path) -> list[Job]:
     """The sweep's files: studies, cells, jobs."""
     freeze(cells, directory)
-    jobs = plan_jobs(cells, read_jobs(directory))
+    jobs = plan_jobs(cells, read_jobs(directory), sweep.launcher.cells_per_job)
     write_jobs(jobs, directory)
     write_text(directory / SWEEP_FILE, sweep_yaml(sweep))
     return jobs
@@ -259,6 +267,21 @@ def _hand_over(
         # before there are jobs for it: those that nobody supervises are taken back by whoever looks
         local.start_supervisor(directory)
     local.submit(directory, jobs)
+
+
+def _waiting_in_slurm_for(
+    chosen: Sequence[Job], jobs: Sequence[Job], records: Mapping[str, Record]
+) -> dict[str, Record]:
+    """Jobs in SLURM's queue that need a job which is about to be submitted again; the report is seen to by itself."""
+    names = {job.name for job in chosen}
+    waiting: dict[str, Record] = {}
+    for job in jobs:  # each after those it needs
+        record = records[job.name]
+        is_queued = record.state == "submitted" and record.engine == "slurm" and job.kind != "report"
+        if is_queued and names.intersection(job.needs):
+            waiting[job.name] = record
+            names.add(job.name)
+    return waiting
 
 
 def _withdraw_report(directory: Path, records: dict[str, Record]) -> None:

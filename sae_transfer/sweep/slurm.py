@@ -15,13 +15,15 @@ from submitit import AutoExecutor
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+from sae_transfer import signals
 from sae_transfer.errors import StudyError
-from sae_transfer.sweep.child import POLL_S, Child, start
+from sae_transfer.sweep.child import POLL_S, STOP_WITHIN_S, Child, start
 from sae_transfer.sweep.file import Launcher
 from sae_transfer.sweep.jobs import Job, read_jobs
-from sae_transfer.sweep.states import LIVE, Record, given_back, now, submitted, update_record
+from sae_transfer.sweep.states import LIVE, Record, given_back, now, read_record, submitted, update_record
 
 REPORT_MEM_GB = 8.0
+RETRY_S = 5.0
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # submitit can be told to use either of the first two
 STOP_FRACTION = 0.7  # of the signal's lead that a checkpoint may take; the rest is for going back into the queue
 
@@ -66,6 +68,9 @@ class BatchJob:
         job = next(job for job in read_jobs(directory) if job.name == self.job)
         slurm_id = SlurmJobEnvironment().job_id
         with _deferred():
+            before = read_record(directory, self.job)
+            if before.state == "pending" or before.scheduler_id not in (None, slurm_id):
+                return  # it was taken back, or another submission of it goes ahead
             update_record(directory, self.job, lambda record: replace(record, scheduler_id=slurm_id))
             self._child = child = start(directory, job, {"OMP_NUM_THREADS": os.environ.get("SLURM_CPUS_PER_TASK", "1")})
         if child is None:
@@ -74,7 +79,7 @@ class BatchJob:
         signal.signal(signal.SIGTERM, lambda *_: self._stop())
         try:
             while child.exit_code() is None:
-                child.bound_log()
+                child.tend()
                 time.sleep(POLL_S)
         except UncompletedJobError as error:  # raised by submitit's signal handler, after `checkpoint`
             message = f"reached its time limit; {error}"
@@ -83,10 +88,22 @@ class BatchJob:
                     directory, self.job, lambda record: replace(record, state="timeout", message=message, ended=now())
                 )
             raise
-        with _deferred():
-            record, self._child = child.finish(), None
+        record = self._finish(child)
         if record.state != "done":
             sys.exit(1)
+
+    def _finish(self, child: Child) -> Record:
+        """Write the job's end; while the disk is full, for some minutes, again and again."""
+        deadline = time.monotonic() + STOP_WITHIN_S
+        while True:
+            try:
+                with _deferred():
+                    record, self._child = child.finish(), None
+                    return record
+            except (OSError, StudyError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_S)
 
     def _stop(self) -> None:
         if self._child is not None:
@@ -123,23 +140,25 @@ def submit(directory: Path, jobs: Sequence[Job], records: Mapping[str, Record], 
     for job in jobs:
         arrays[job.kind == "report", job.needs].append(job)
     for (is_report, needs), members in arrays.items():
-        for job in members:
-            update_record(directory, job.name, lambda record, job=job: submitted(record, job, "slurm"))
         waits_for = [known for need in needs if (known := ids.get(need))]
-        work = [BatchJob(str(directory), job.name, launcher.signal_delay_s) for job in members]
-        try:
-            executor = _executor(directory, launcher, waits_for, is_report=is_report)
-            with executor.batch():
-                handles = [executor.submit(each) for each in work]
-        except (RuntimeError, OSError) as error:  # submitit's errors are RuntimeErrors
-            for job in members:
-                update_record(directory, job.name, lambda record: given_back(record, "not submitted"))
-            raise StudyError(
-                f"SLURM takes no job: {error}", "mend launcher in the sweep file; ask SLURM: sinfo"
-            ) from error
-        for job, handle in zip(members, handles, strict=True):
-            ids[job.name] = slurm_id = handle.job_id
-            update_record(directory, job.name, lambda record, slurm_id=slurm_id: replace(record, scheduler_id=slurm_id))
+        with signals.deferred():  # a job that SLURM has and no file knows could not be cancelled
+            _submit_array(directory, members, _executor(directory, launcher, waits_for, is_report=is_report), launcher)
+        ids |= {job.name: read_record(directory, job.name).scheduler_id for job in members}
+
+
+def _submit_array(directory: Path, members: Sequence[Job], executor: AutoExecutor, launcher: Launcher) -> None:
+    for job in members:
+        update_record(directory, job.name, lambda record, job=job: submitted(record, job, "slurm"))
+    try:
+        with executor.batch():
+            handles = [executor.submit(BatchJob(str(directory), job.name, launcher.signal_delay_s)) for job in members]
+    except (RuntimeError, OSError) as error:  # submitit's errors are RuntimeErrors
+        for job in members:
+            update_record(directory, job.name, lambda record: given_back(record, "not submitted"))
+        raise StudyError(f"SLURM takes no job: {error}", "mend launcher in the sweep file; ask SLURM: sinfo") from error
+    for job, handle in zip(members, handles, strict=True):
+        slurm_id = handle.job_id
+        update_record(directory, job.name, lambda record, slurm_id=slurm_id: replace(record, scheduler_id=slurm_id))
 
 
 def _executor(directory: Path, launcher: Launcher, waits_for: Sequence[str], *, is_report: bool) -> AutoExecutor:

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock
 
+from sae_transfer.errors import StudyError
 from sae_transfer.signals import EXIT_INTERRUPTED, EXIT_STOPPED
 from sae_transfer.study import write_json
 from sae_transfer.sweep.cells import cell_directory
@@ -90,11 +92,20 @@ def job_directory(directory: Path, job: str) -> Path:
 
 
 def read_record(directory: Path, job: str) -> Record:
-    """The state of a job; `pending` when none was written."""
+    """The state of a job; `pending` when none was written.
+
+    Raises:
+        StudyError: Another version wrote it.
+    """
     try:
         fields = json.loads((job_directory(directory, job) / "state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Record()
+    if unknown := sorted(set(fields) - {field.name for field in dataclass_fields(Record)}):
+        raise StudyError(
+            f"{directory}: was written by another version of sae-transfer (its records have {', '.join(unknown)})",
+            "use that version here, or another --out DIR",
+        )
     return Record(**{**fields, "cells": tuple(fields["cells"])})
 
 
@@ -165,8 +176,9 @@ def reconcile(record: Record, fact: Fact | None) -> Record:
         The record to believe.
     """
     if record.state not in LIVE:
-        requeued = record.state == "killed" and fact is not None and fact.state in LIVE
-        return replace(record, state=fact.state, message=fact.detail) if requeued and fact else record
+        # a job that has said its end is still seen to run while its scheduler clears up
+        requeued = record.state == "killed" and fact is not None and fact.state == "submitted"
+        return replace(record, state="submitted", message=fact.detail) if requeued and fact else record
     if fact is None and record.scheduler_id is None and _is_recent(record.submitted):
         return record  # it is being submitted at this moment
     if fact is None:

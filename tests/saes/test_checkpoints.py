@@ -1,11 +1,9 @@
 """Exact restart: cut and resumed equals uncut bit for bit, and what could make it differ is refused or passed over."""
 
-import contextlib
 import os
 import resource
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 
 from sae_transfer import signals
 from sae_transfer.errors import StudyError
+from tests.disks import fill
 from tests.saes.saes import ARCHITECTURES
 from tests.saes.trainings import ALWAYS, NEVER, Cut, GivenStream, files_of, steps_of, train, trainee
 
@@ -111,7 +110,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     else:
         path.unlink()
     resume(directory, "topk")
-    assert f"{directory / 'checkpoints' / '6'} is damaged ({name}); the one before is used" in caplog.text
+    assert f"{directory / 'checkpoints' / '6'} is damaged ({name}) and passed over" in caplog.text
     assert "going on from the checkpoint of step 5" in caplog.text
     assert files_of(directory) == files_of(uncut["topk"])
 
@@ -176,45 +175,30 @@ def test_every_entry_of_the_curve_is_told_once_over_all_processes(tmp_path: Path
         told_of = replace(trainee(tmp_path / "sae", "topk"), on_log=lambda _, entry: told.append(entry["step"]))
         train([told_of], stream, every_min=every_min)
 
-    for at, every_min in ((10, ALWAYS), (25, NEVER), (40, NEVER)):  # the second and third leave no checkpoint
+    for at, every_min in ((10, ALWAYS), (40, NEVER), (25, NEVER), (45, NEVER)):  # only the first leaves a checkpoint
         with pytest.raises(Cut):
             part(GivenStream(cut_at=at), every_min)
     part(GivenStream())
     assert told == list(range(1, 61))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of half a megabyte."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", path], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("no file system may be mounted here")
-    yield path
-    subprocess.run(["umount", path], check=True)
-
-
 def test_a_full_disk_ends_no_training(
     uncut: dict[str, Path], small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    filler = small_disk / "filler"
 
-    def fill(n: int) -> None:
+    def fill_and_empty(n: int) -> None:
         if n == 20:
-            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-                while file.write(bytes(512)):
-                    pass
+            fill(small_disk)
         if n == 40:
-            filler.unlink()
+            (small_disk / "filler").unlink()
         if n in (30, 50):
             kept.append(steps_of(small_disk / "topk"))
 
     kept: list[list[int]] = []
-    train([trainee(small_disk / "topk", "topk", warmup=9)], GivenStream(before=fill), every_min=ALWAYS, **WARMUP)
+    train(
+        [trainee(small_disk / "topk", "topk", warmup=9)], GivenStream(before=fill_and_empty), every_min=ALWAYS, **WARMUP
+    )
     assert kept == [[19, 20], [49, 50]]
     assert "no checkpoint at step 30, the newest is that of step 20" in caplog.text
     assert "No space left on device" in caplog.text and "check free space" in caplog.text

@@ -67,3 +67,16 @@ def test_a_second_signal_does_not_interrupt_the_way_back_into_the_queue(
     signal.raise_signal(signal.SIGUSR2)
     assert asked == [1]
     assert read_record(tmp_path, "report").message.startswith("preempted")
+
+
+@pytest.mark.parametrize(
+    "record", [Record("submitted", engine="slurm", scheduler_id="8"), Record("pending", scheduler_id="7")]
+)
+def test_a_job_that_was_submitted_anew_or_taken_back_does_nothing(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jobs([REPORT], tmp_path)
+    update_record(tmp_path, "report", lambda _: record)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    slurm.BatchJob(str(tmp_path), "report", 90)()
+    assert read_record(tmp_path, "report") == record

@@ -111,6 +111,11 @@ def test_mistakes_in_a_sweep_file_are_told_at_once(llama_pair: Pair, text_file: 
         "launcher.engin: unknown key; did you mean engine?",
         "studdy: unknown key; did you mean study?",
     ]
+    path.write_text("study: x\nlauncher: {slurm: {output: /elsewhere, qos: low}}\n")
+    assert problems(path) == [
+        f"{path}: launcher.slurm: got a mapping;"
+        " expected options that sae-transfer does not set itself, as it does output"
+    ]
     path.write_text("study: x\ngrid: 3\n")
     assert problems(path) == [f"{path}: grid: got 3; expected a mapping of keys to values"]
     path.write_text("study: missing.yaml")

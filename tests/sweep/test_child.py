@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from sae_transfer.errors import StudyError
 from sae_transfer.sweep.child import Child
 from sae_transfer.sweep.jobs import Job
 from sae_transfer.sweep.states import read_record, submitted, update_record
+from tests.disks import full
 
 REPORT = Job("report", "report", (), (), ())
 
@@ -37,3 +39,16 @@ def test_what_a_job_says_is_kept_without_secrets(tmp_path: Path, monkeypatch: py
     with (tmp_path / "jobs" / "report" / "log.txt").open("a") as log:
         log.write("error: https://me:pass@hub.example answers hf_abcdefghijkl with 401\n")
     assert child.finish().message == "https://hub.example answers <HF_TOKEN> with 401"
+
+
+def test_a_full_disk_delays_what_is_written_of_a_job_and_loses_none_of_it(small_disk: Path) -> None:
+    update_record(small_disk, "report", lambda record: submitted(record, REPORT, "local"))
+    child = Child(small_disk, REPORT, (), {})
+    with full(small_disk):
+        while child.exit_code() is None:
+            child.tend()
+            time.sleep(0.1)
+        with pytest.raises(StudyError, match="No space left"):
+            child.finish()
+        assert read_record(small_disk, "report").state == "running"
+    assert child.finish().state == read_record(small_disk, "report").state == "failed"

@@ -38,6 +38,13 @@ def test_cells_that_can_share_a_stream_train_in_one_job_and_are_evaluated_alone(
     assert len({job.name for job in jobs}) == len(jobs) == 2 * 3 + 8 + 1
 
 
+def test_the_cells_of_a_job_can_be_limited(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, llama_pair, text_file, {"saes.widths": [[64], [128], [256]]})
+    jobs = plan_jobs(cells, cells_per_job=2)
+    assert [len(job.cells) for job in of_kind(jobs, "train-base")] == [2, 1]
+    assert sorted(cell for job in of_kind(jobs, "train-chat") for cell in job.cells) == sorted(c.id for c in cells)
+
+
 @pytest.mark.parametrize(
     ("key", "values", "n_groups"),
     [

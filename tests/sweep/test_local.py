@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -133,6 +134,16 @@ def test_a_job_waits_for_an_attempt_that_is_ending_and_keeps_its_log_short(
     assert read_status(out).counts["done"] == 1
     (log,) = out.glob("jobs/train-base*/log.txt")
     assert log.with_name("log.previous.txt").stat().st_size > 200 > log.stat().st_size
+
+
+def test_a_supervisor_that_does_not_start_is_said(
+    llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep(tmp_path, llama_pair, text_file)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(StudyError, match=r"ended at once, with exit code 1\n  try: read .*supervisor.log"):
+        submit_sweep(sweep, tmp_path / "out")
+    assert {record.state for record in records(tmp_path / "out").values()} == {"pending"}
 
 
 def test_two_sweep_commands_on_one_directory_do_not_meet(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:

@@ -47,9 +47,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     home = Path("/tmp") / f"{tmp_path_factory.getbasetemp().name}-slurm"
     os.environ["SAE_TRANSFER_SLURM"] = str(home)
     up = subprocess.run([CHECKOUT / "scripts/slurm_up.sh"], capture_output=True, text=True, check=False)
-    if up.returncode != 0:
+    if up.returncode == 2:
         shutil.rmtree(home, ignore_errors=True)
-        pytest.skip(f"no SLURM here: {up.stderr.strip().splitlines()[-1] if up.stderr.strip() else up.stdout}")
+        pytest.skip(f"no SLURM here: {up.stderr.strip().splitlines()[-1]}")
+    assert up.returncode == 0, up.stderr
     before = {key: os.environ.get(key) for key in ("SLURM_CONF", "PYTHONPATH")}
     os.environ["SLURM_CONF"] = str(home / "slurm.conf")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CHECKOUT), before["PYTHONPATH"])))
@@ -171,6 +172,27 @@ def test_a_sweep_survives_a_killed_and_a_preempted_job_and_goes_on_with_what_is_
         assert len(read_rows(run)) == 2 * 2 * 2
     assert (sweep.parent / "out" / "report" / "index.html").exists()
     assert "0 jobs submitted" in submit(sweep, "--set", "train.tokens=200k")
+
+
+def test_what_waits_in_the_queue_waits_for_the_new_attempt_of_what_it_needs(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", {"site.layer": [1]})
+    longer = ("--set", "train.tokens=400k")
+    assert "4 jobs submitted" in submit(sweep, *longer)
+    (base,), (chat,), (evaluate,) = (of_kind(sweep, kind) for kind in ("train-base", "train-chat", "evaluate"))
+    wait_until(lambda: trains(sweep, base), sweep)
+    number = records(sweep)[base].scheduler_id
+    kill_with_parent(records(sweep)[base].pid)
+    wait_until(lambda: number not in live_numbers(), sweep)
+    assert "3 jobs submitted, 1 live already" in submit(sweep, *longer)
+    assert records(sweep)[chat].state == "running"
+    assert (records(sweep)[evaluate].state, records(sweep)[evaluate].attempts) == ("submitted", 1)
+    wait_until(is_idle, sweep)
+    assert status(sweep)["counts"]["done"] == 1
+    assert {name: record.attempts for name, record in records(sweep).items() if name != "report"} == {
+        base: 2,
+        chat: 1,
+        evaluate: 1,
+    }
 
 
 def kill_with_parent(pid: int | None) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_transfer.errors import StudyError
 from sae_transfer.sweep.cells import cell_directory
 from sae_transfer.sweep.jobs import Job
 from sae_transfer.sweep.states import (
@@ -129,8 +130,8 @@ def live(state: State) -> Record:
         (live("submitted"), Fact("pending", "its supervisor ended"), "pending"),
         (live("running"), None, "lost"),
         (live("submitted"), None, "lost"),
-        (live("killed"), Fact("submitted"), "submitted"),
-        (live("killed"), Fact("running"), "running"),
+        (live("killed"), Fact("submitted", "requeued"), "submitted"),
+        (live("killed"), Fact("running", "SLURM says COMPLETING"), "killed"),
         (live("killed"), Fact("killed"), "killed"),
         (live("killed"), None, "killed"),
     ],
@@ -143,6 +144,14 @@ def test_a_live_record_is_corrected_by_its_scheduler(record: Record, fact: Fact 
 @pytest.mark.parametrize("fact", [None, Fact("killed"), Fact("running"), Fact("submitted")])
 def test_a_job_that_wrote_its_end_is_believed(state: State, fact: Fact | None) -> None:
     assert reconcile(live(state), fact) == live(state)
+
+
+def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
+    update_record(tmp_path, "base", lambda _: live("killed"))
+    path = tmp_path / "jobs" / "base" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shard": 3}))
+    with pytest.raises(StudyError, match=r"another version of sae-transfer \(its records have shard\)"):
+        read_record(tmp_path, "base")
 
 
 def test_reconciling_twice_changes_nothing_more() -> None:
