@@ -276,7 +276,7 @@ def part_run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         seed=args.seed,
         n_evaluation_tokens=16_384,
         # SAELens takes the tokens for its norm off the training stream, and fills a buffer ahead of it
-        n_training_tokens=args.tokens + args.norm_batches * args.batch_size + 20 * args.context,
+        n_training_tokens=args.tokens + args.norm_batches * args.batch_size + args.buffer * args.context,
     )
     held_out = splicer.run_to(torch.from_numpy(tokens.evaluation.astype(np.int64))).flatten(0, 1)
     norm_scale = held_out.shape[1] ** 0.5 / held_out.norm(dim=-1).mean().item()
@@ -455,7 +455,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--k", type=int, default=32)
     run.add_argument("--prompts", type=int, default=8, help="sequences a pass of the language model, SAELens tuned")
     run.add_argument(
-        "--buffer", type=int, default=20, help="sequences in the mixing buffer, SAELens tuned; its default"
+        "--buffer", type=int, default=500, help="sequences in the mixing buffer, SAELens tuned; its own default is 20"
     )
     step = parser.add_argument_group("part step")
     step.add_argument("--d-sae", type=int, default=8192)

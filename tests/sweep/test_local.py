@@ -123,8 +123,10 @@ def test_a_job_waits_for_an_attempt_that_is_ending_and_keeps_its_log_short(
     (out / local.SWEEP_LOCK).touch()  # as the sweep command that submitted it left
 
     def end_when_waited_for() -> None:
-        wait_until(lambda: any("waiting up to 120 s" in log.read_text() for log in out.glob("jobs/train-base*/log*")))
-        before.kill()
+        try:
+            wait_until(lambda: any("in use; waiting" in log.read_text() for log in out.glob("jobs/train-base*/log*")))
+        finally:
+            before.kill()
 
     ending = threading.Thread(target=end_when_waited_for)
     ending.start()
