@@ -447,7 +447,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--context", type=int, default=128)
     run.add_argument("--architecture", choices=["standard", "topk", "batchtopk"], default="standard")
     run.add_argument("--widths", type=int, nargs="+", default=[1024, 2048, 4096])
-    run.add_argument("--tokens", type=int, default=204_800, help="activations that each SAE is trained on")
+    run.add_argument("--tokens", type=int, default=409_600, help="activations that each SAE is trained on")
     run.add_argument("--batch-size", type=int, default=1024)
     run.add_argument("--norm-batches", type=int, default=64, help="for the norm scaling factor, on every side")
     run.add_argument("--lr", type=float, default=1e-3)
