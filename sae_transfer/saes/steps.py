@@ -21,8 +21,8 @@ from sae_transfer.saes.gradients import ActiveFeatures, Gradients, blocks
 
 # The share of active features up to which sparse products are taken. CPU: measured with one thread, d_model 128 to 896
 # and d_sae 1024 to 8192, both ways cost the same at 0.06 to 0.07 on a Xeon and at 0.07 to 0.1 on an EPYC. CUDA: not
-# measured. By bytes and FLOPs of an H200 the break-even is near 0.0045 against bfloat16; this leaves the sparse products
-# room to be nine times off their bound.
+# measured. By bytes and FLOPs of an H200 the break-even is near 0.0045 against bfloat16; this leaves the sparse
+# products room to be nine times off their bound.
 SPARSE_BELOW = {"cpu": 0.07, "cuda": 0.0005}
 
 
