@@ -53,6 +53,16 @@ def cancel(ids: Iterable[str]) -> None:
         _run(["scancel", "--quiet", *known])
 
 
+def is_running(job: str) -> bool:
+    """Whether a job runs and nobody has ended it: one that was cancelled is completing."""
+    return _run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip() == "RUNNING"
+
+
+def requeue(job: str) -> None:
+    """Put a running job back into the queue, which ends its processes."""
+    _run(["scontrol", "requeue", job])
+
+
 def parse(listing: str) -> dict[str, Fact]:
     """Read lines `id|STATE|reason` of squeue or sacct; a state may be followed by words, `CANCELLED by 0`."""
     facts = {}

@@ -17,6 +17,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 
 from sae_transfer import signals
 from sae_transfer.errors import StudyError
+from sae_transfer.sweep import queue
 from sae_transfer.sweep.child import POLL_S, STOP_WITHIN_S, Child, start
 from sae_transfer.sweep.file import Launcher
 from sae_transfer.sweep.jobs import Job, read_jobs
@@ -24,6 +25,8 @@ from sae_transfer.sweep.states import LIVE, Record, given_back, now, read_record
 
 REPORT_MEM_GB = 8.0
 RETRY_S = 5.0
+KILLED_WITHIN_S = 120.0  # after being put back into the queue
+PREEMPTED = "preempted or out of time; goes on from its checkpoint"
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # submitit can be told to use either of the first two
 STOP_FRACTION = 0.7  # of the signal's lead that a checkpoint may take; the rest is for going back into the queue
 
@@ -61,6 +64,7 @@ class BatchJob:
         """
         self.directory, self.job, self.signal_delay_s = directory, job, signal_delay_s
         self._child: Child | None = None
+        self._is_asked = False
 
     def __call__(self) -> None:
         """Run the job as a child process and write what became of it."""
@@ -75,7 +79,7 @@ class BatchJob:
             self._child = child = start(directory, job, {"OMP_NUM_THREADS": os.environ.get("SLURM_CPUS_PER_TASK", "1")})
         if child is None:
             return
-        # scancel, and preemption where no other signal is configured
+        # scancel, and preemption where SLURM sends no other signal first
         signal.signal(signal.SIGTERM, lambda *_: self._stop())
         try:
             while child.exit_code() is None:
@@ -89,8 +93,25 @@ class BatchJob:
                 )
             raise
         record = self._finish(child)
+        if record.state == "killed" and self._is_asked:
+            self._go_on_later(slurm_id)
         if record.state != "done":
             sys.exit(1)
+
+    def _go_on_later(self, slurm_id: str) -> None:
+        """After SIGTERM: SLURM puts a preempted job back into its queue, but not one that ends before it is killed."""
+        directory = Path(self.directory)
+        if not queue.is_running(slurm_id):
+            return
+        with _deferred():
+            before = read_record(directory, self.job)
+            update_record(directory, self.job, lambda record: replace(record, state="submitted", message=PREEMPTED))
+        try:
+            queue.requeue(slurm_id)
+        except StudyError:
+            update_record(directory, self.job, lambda _: before)
+            raise
+        time.sleep(KILLED_WITHIN_S)
 
     def _finish(self, child: Child) -> Record:
         """Write the job's end; while the disk is full, for some minutes, again and again."""
@@ -106,6 +127,7 @@ class BatchJob:
                 time.sleep(RETRY_S)
 
     def _stop(self) -> None:
+        self._is_asked = True
         if self._child is not None:
             self._child.stop()
 
@@ -116,9 +138,8 @@ class BatchJob:
             signal.signal(number, signal.SIG_IGN)
         if self._child is not None:
             self._child.stop_within(STOP_FRACTION * self.signal_delay_s)
-        message = "preempted or out of time; goes on from its checkpoint"
         update_record(
-            Path(self.directory), self.job, lambda record: replace(record, state="submitted", message=message)
+            Path(self.directory), self.job, lambda record: replace(record, state="submitted", message=PREEMPTED)
         )
         return DelayedSubmission(BatchJob(self.directory, self.job, self.signal_delay_s))
 

@@ -186,6 +186,10 @@ def test_what_waits_in_the_queue_waits_for_the_new_attempt_of_what_it_needs(tmp_
     assert "3 jobs submitted, 1 live already" in submit(sweep, *longer)
     assert records(sweep)[chat].state == "running"
     assert (records(sweep)[evaluate].state, records(sweep)[evaluate].attempts) == ("submitted", 1)
+
+    # As preemption begins where no other signal is configured: the job ends early, and SLURM would leave it at that.
+    subprocess.run(["scancel", "--signal=TERM", str(records(sweep)[chat].scheduler_id)], check=True)
+    wait_until(lambda: "preempted" in records(sweep)[chat].message, sweep)
     wait_until(is_idle, sweep)
     assert status(sweep)["counts"]["done"] == 1
     assert {name: record.attempts for name, record in records(sweep).items() if name != "report"} == {
