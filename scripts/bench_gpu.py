@@ -34,12 +34,13 @@ from sae_transfer.cost.shape import ModelShape, model_shape
 from sae_transfer.cost.work import Part, Precision, adam_part, head_part, layers_part, reconstruct_part, sae_step_part
 from sae_transfer.models.splice import LayerSplicer
 from sae_transfer.saes.checkpoints import Checkpoints
+from sae_transfer.saes.steps import SPARSE_BELOW
 from sae_transfer.saes.store import StoredSAE
 from sae_transfer.saes.stream import ActivationStream
 from sae_transfer.saes.trainer import FastTrainer
 
 TOKENS = 800e6  # the post's, for Mistral-7B
-FEW_ACTIVE = 30  # features of a token; a trained SAE with the post's settings has about a hundred
+FEW_ACTIVE = 100  # features of a token, as of an SAE trained with the post's settings
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Bench:
         self.machine = self._measure_machine()
         self.results: list[Result] = []
         self.checkpoint: dict[str, float] = {}
+        self.l0: dict[str, float] = {}
 
     def _measure_machine(self) -> Device:
         n = self.sizes.square
@@ -144,6 +146,13 @@ class Bench:
         self.results.append(Result(name, taken, n_tokens, parts, bound / taken.median, products / taken.median))
         say(f"{name}: {taken} s, {bound / taken.median:.0%} of the bound")
 
+    def note_l0(self, name: str, trainer: FastTrainer, batch: torch.Tensor) -> None:
+        """Keep the L0 of a part whose steps were to be sparse, or end where they were not."""
+        l0 = self.l0[name] = trainer.step(batch).l0.item()
+        if l0 > SPARSE_BELOW[batch.device.type] * self.sizes.d_sae:
+            raise SystemExit(f"{name}: L0 is {l0:.0f}, and the step was dense")
+        say(f"{name}: L0 {l0:.0f} of {self.sizes.d_sae}")
+
 
 def random_model(sizes: Sizes, n_layers: int, dtype: torch.dtype, device: str) -> Any:
     """A Mistral of so many layers, made where it is used."""
@@ -160,7 +169,7 @@ def random_model(sizes: Sizes, n_layers: int, dtype: torch.dtype, device: str) -
 
 
 def new_trainer(bench: Bench, d_model: int, n_steps: int) -> FastTrainer:
-    """A fresh SAE of the study's width, about half of whose features are active."""
+    """A fresh SAE of the study's width, about half of whose features are active; steps too small to change that."""
     sizes = bench.sizes
     config = StandardTrainingSAEConfig(
         d_in=d_model, d_sae=sizes.d_sae, l1_coefficient=3.0, apply_b_dec_to_input=False, device=bench.device
@@ -170,8 +179,8 @@ def new_trainer(bench: Bench, d_model: int, n_steps: int) -> FastTrainer:
     trainer_config = SAETrainerConfig(
         total_training_samples=n_steps * sizes.batch,
         train_batch_size_samples=sizes.batch,
-        lr=5e-5,
-        lr_end=5e-5,
+        lr=1e-9,
+        lr_end=1e-9,
         lr_scheduler_name="constant",
         lr_warm_up_steps=0,
         lr_decay_steps=0,
@@ -207,6 +216,7 @@ def training(bench: Bench) -> None:
     bench.measure("SAE step, many active", lambda: trainer.step(batch), sizes.batch, dense, adam)
     make_few_active(trainer, batch)
     bench.measure("SAE step, few active", lambda: trainer.step(batch), sizes.batch, few, adam)
+    bench.note_l0("SAE step, few active", trainer, batch)
     for parameter in trainer.sae.parameters():
         parameter.grad = torch.ones_like(parameter)
     bench.measure("Adam and clipping", trainer.optimizer.step, sizes.batch, adam)
@@ -240,6 +250,7 @@ def training(bench: Bench) -> None:
             make_few_active(trainer, stream().batch(0))
         whole = (to_site.times(n_tokens), step.times(sizes.n_steps), adam.times(sizes.n_steps))
         bench.measure(f"whole training, {name} active", partial(train, trainer), n_tokens, *whole)
+    bench.note_l0("whole training, few active", trainer, stream().batch(0))
     save_checkpoint(bench, trainer)
 
 
@@ -247,7 +258,8 @@ def training(bench: Bench) -> None:
 def make_few_active(trainer: FastTrainer, batch: torch.Tensor) -> None:
     """Lower the encoder's bias until few features are active, as they are late in training."""
     pre_acts = batch[:256] @ trainer.sae.W_enc
-    kept = min(FEW_ACTIVE, trainer.sae.cfg.d_sae // 4) * len(pre_acts)
+    sparse = SPARSE_BELOW[batch.device.type] * trainer.sae.cfg.d_sae
+    kept = min(FEW_ACTIVE, int(0.8 * sparse)) * len(pre_acts)
     trainer.sae.get_parameter("b_enc").fill_(-pre_acts.flatten().topk(kept).values[-1])
 
 
@@ -337,9 +349,8 @@ def main() -> None:
     out = arguments.out or (None if arguments.small else Path("results/benchmarks/gpu.json"))
     if out is not None:
         found = [{**asdict(result), "hours_of_800M_tokens": result.hours} for result in bench.results]
-        write_json(
-            out, {"sizes": asdict(sizes), "measured": asdict(device), "parts": found, "checkpoint": bench.checkpoint}
-        )
+        sides = {"sizes": asdict(sizes), "measured": asdict(device), "parts": found}
+        write_json(out, {**sides, "l0": bench.l0, "checkpoint": bench.checkpoint})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,25 @@ def test_the_evaluation_benchmark_finds_saelens_numbers(form: str, architecture:
     assert "run_evals, defaults" in done.stdout
 
 
+SMALL_STEP = "--d-sae 256 --d-model 32 --step-batch 64 --steps 5 --steps-a-round 2 --l0 10 --dictionary-l0 4"
+SMALL_LM = "--d-model 32 --heads 4 --kv-heads 2 --d-mlp 64 --layers 3 --site 1 --d-vocab 300"
+OTHERS = {
+    "bench_gpu.py": "--small --repeats 1 --out {out}",
+    "bench_train.py": f"--repeats 1 --widths 64 --tokens 16384 --norm-batches 4 {SMALL_STEP} --json {{out}}",
+    "bench_checkpoint.py": "--d-in 32 --widths 64 --repeats 1 --json {out}",
+    "bench_lm.py": f"{SMALL_LM} --contexts 32 --tokens 64 --repeats 1 --json {{out}}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", OTHERS)
+def test_the_other_benchmarks_run(script: str, tmp_path: Path) -> None:
+    options = OTHERS[script].format(out=tmp_path / "out.json").split()
+    done = subprocess.run([sys.executable, SCRIPTS / script, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "out.json").read_text())
+
+
 def test_the_evaluation_benchmark_stops_at_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     bench_eval = importlib.import_module("bench_eval")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae_transfer.analysis.metrics import SUMS
 from sae_transfer.analysis.site import SiteActivations
+from sae_transfer.errors import StudyError
 from sae_transfer.models.losses import CleanLosses, SplicedLosses, clean_losses, spliced_losses, surprisals
 from sae_transfer.models.passes import AtOnce, in_passes
 from sae_transfer.models.splice import Splicer
@@ -300,6 +301,9 @@ def _ablations(batch: _Batch, norm_scale: float, tally: _Tally) -> Iterator[_Spl
         yield _Splice(tally.of_policy(policy), "ce_mean", torch.where(inside, mu / norm_scale, batch.acts))
 
 
+SAME_POSITIONS = 0.02  # of the largest value; bfloat16 rounds by 0.004
+
+
 class _ConstantAblation:
     """Zeros, or a mean, at every position of a residual-stream site.
 
@@ -327,8 +331,14 @@ class _ConstantAblation:
         known_group, known = self._known.get(name, (None, None))
         if known is None or known_group != group:
             tokens = batch.tokens[:1, : self.N_POSITIONS]
-            hidden = self._splicer.run_on(tokens, value.expand(*tokens.shape, -1))[0]
-            known = surprisals(self._splicer.head, hidden.double().mean(0))
+            hidden = self._splicer.run_on(tokens, value.expand(*tokens.shape, -1))[0].double()
+            mean = hidden.mean(0)
+            if not (hidden - mean).abs().max() <= SAME_POSITIONS * mean.abs().max():
+                raise StudyError(
+                    "the model's positions differ where all of them were ablated alike: its attention is no average",
+                    "a model of an architecture that the README lists",
+                )
+            known = surprisals(self._splicer.head, mean)
             self._known[name] = (group, known)
         return known
 

@@ -16,7 +16,7 @@ Averaging = Literal["pooled", "batch"]
 N_RESAMPLES = 10_000
 BOOTSTRAP_SEED = 0
 PERCENTILES = (2.5, 97.5)
-RESAMPLES_AT_ONCE = 500  # bounds the float64 copy of the draws
+RESAMPLES_AT_ONCE = 500  # a divisor; bounds draws and their float64 copy
 
 # What a cell's sums hold, `[seq]` each; see METHOD's table of metrics for the symbols.
 SUMS = (
@@ -128,10 +128,12 @@ class Bootstrap:
         self._starts = np.arange(0, n_sequences, batch_size if averaging == "batch" else 1)
         n_units = len(self._starts)
         generator = np.random.default_rng(BOOTSTRAP_SEED)
-        chosen = generator.integers(n_units, size=(N_RESAMPLES, n_units))
-        chosen += np.arange(N_RESAMPLES)[:, None] * n_units
-        counts = np.bincount(chosen.ravel(), minlength=N_RESAMPLES * n_units)
-        self._counts = counts.reshape(N_RESAMPLES, n_units).astype(np.uint16)
+        self._counts = np.empty((N_RESAMPLES, n_units), np.uint16)
+        for start in range(0, N_RESAMPLES, RESAMPLES_AT_ONCE):
+            chosen = generator.integers(n_units, size=(RESAMPLES_AT_ONCE, n_units))
+            chosen += np.arange(RESAMPLES_AT_ONCE)[:, None] * n_units
+            counts = np.bincount(chosen.ravel(), minlength=chosen.size).reshape(chosen.shape)
+            self._counts[start : start + RESAMPLES_AT_ONCE] = counts
 
     def summarise(self, sums: Mapping[str, Array]) -> Summary:
         """Metrics of a cell and their replicates.

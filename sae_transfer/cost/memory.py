@@ -29,7 +29,8 @@ class Memory:
         libraries: What is there before any work.
         model: Weights of one language model.
         saes: Training: weights, gradients and moments of all SAEs of one model. Evaluation: weights of all SAEs.
-        activations: Training: the block of activations. Evaluation: residuals, reconstructions and hidden states of the
+        activations: Training: the block of activations, and on a GPU in bfloat16 the next one and the passes that make
+            it. Evaluation: residuals, reconstructions and hidden states of the
             sequences at hand, and on a CPU the activations of both models, which are mapped from disk.
         passes: Temporaries of a pass of the language model.
         features: `[tok d_sae]` of one SAE.
@@ -44,7 +45,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes in all; passes and features are never alive together."""
+        """Bytes in all; passes and features are not alive together."""
         return sum(astuple(self)) - min(self.passes, self.features)
 
 
@@ -78,16 +79,18 @@ def training_memory(
     params = [sae_params(spec, shape.d_model) for spec in specs]
     cast = 2 * max(params) if autocast else 0
     positions = min(BLOCK_VALUES // shape.d_model, n_tokens)
-    # a GPU has the next block already
-    block = positions * (shape.d_model * n_bytes + 8) * (2 if gpu else 1) + 4 * 4 * batch_size * shape.d_model
+    block = positions * (shape.d_model * n_bytes + 8)
     context = study.tokens.context_size
     n_at_once = min(max(1, PASS_TOKENS["gpu" if gpu else "cpu"] // context) * context, n_tokens + context)
+    passes = n_at_once * pass_values(shape) * n_bytes
+    if gpu and precision == "bfloat16":  # the next block is made beside the steps
+        block, passes = 2 * block + passes, 0.0
     return Memory(
         libraries=LIBRARIES["gpu" if gpu else "cpu"],
         model=weights_bytes(shape, study.site.n_layers_below, n_bytes),
         saes=sum(params) * TRAINED_BYTES + cast,
-        activations=block,
-        passes=n_at_once * pass_values(shape) * n_bytes,
+        activations=block + 4 * 4 * batch_size * shape.d_model,
+        passes=passes,
         features=max(_step_bytes(spec, batch_size, autocast=autocast, gpu=gpu) for spec in specs),
     )
 

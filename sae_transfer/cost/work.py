@@ -28,7 +28,7 @@ EVALUATED_VALUES = 6  # of a feature while an SAE is evaluated
 # matrices. Gated has an auxiliary reconstruction beside them.
 DENSE_PRODUCTS = {"standard": 5, "topk": 5, "batchtopk": 5, "jumprelu": 5, "gated": 7}
 BY_HAND = ("standard", "topk", "batchtopk")  # the others' gradients are SAELens's autograd
-SPARSE_BELOW = {"cpu": 0.07, "gpu": 0.0005}  # share of active features below which a step takes sparse products
+SPARSE_BELOW = {"cpu": 0.07, "gpu": 0.001}  # share of active features below which a step takes sparse products
 
 
 @dataclass(frozen=True)

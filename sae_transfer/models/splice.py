@@ -283,8 +283,10 @@ def open_splicer(model: Any, hook_name: str, checkpoint: Checkpoint) -> Splicer:
         The splicer, which says how far the two are from each other.
 
     Raises:
-        StudyError: The layer is beyond the model, or the architecture lacks the hook point.
+        StudyError: The layer is beyond the model, the architecture lacks the hook point, or its logits are not those of
+            `Head`.
     """
+    _refuse_other_logits(model, checkpoint)
     layers = layers_to(hook_name, checkpoint.n_layers)
     layer, kind = parse_hook(hook_name, checkpoint.n_layers)
     is_cut_off = layer == model.config.get_text_config().num_hidden_layers  # no layer left that would have the hook
@@ -313,13 +315,32 @@ def open_splicer(model: Any, hook_name: str, checkpoint: Checkpoint) -> Splicer:
 
 
 @torch.inference_mode()
+def _refuse_other_logits(model: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a model that does more to its logits than `Head` does: some architectures scale them."""
+    tokens = _fixed_tokens(model)
+    ours = Head(model).logits(model.base_model(tokens).last_hidden_state)
+    theirs = model(tokens).logits.float()
+    difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    if not difference <= AGREEMENT_TOLERANCE[model.dtype]:
+        raise StudyError(
+            f"{checkpoint.source}: logits of {type(model).__name__} are not the unembedding of its last hidden states"
+            f" (they differ by {difference:.1e}, relative), so that losses would be wrong",
+            "a model of an architecture that the README lists",
+        )
+
+
+def _fixed_tokens(model: Any) -> Int[Tensor, "2 16"]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.get_text_config().vocab_size, (2, 16), generator=generator).to(model.device)
+
+
+@torch.inference_mode()
 def disagreement(fast: Splicer, reference: Splicer, model: Any) -> float:
     """Largest difference of two splicers on 2 x 16 fixed tokens, relative to the largest value; a fraction.
 
     Compares the activations at the site, and the logits after an edit of them.
     """
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.get_text_config().vocab_size, (2, 16), generator=generator).to(model.device)
+    tokens = _fixed_tokens(model)
     theirs = reference.run_to(tokens)
     edited = theirs.flip(1) * 0.5  # far from anything the layers below would give
     pairs = [

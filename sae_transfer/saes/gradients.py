@@ -24,6 +24,8 @@ with warnings.catch_warnings():
 
 # Elements of `[tok d_sae]` at a time: a few MB on a CPU, which stay in its cache; on a GPU all, as a rule.
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**30}
+# Of the encoder's gradient at a time, whose sparse product comes transposed, in memory of its own.
+STRIP_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 # Matrix products of fewer rows were slower (by half at 128).
 BLOCK_ROWS = 256
 
@@ -38,8 +40,7 @@ class ActiveFeatures(NamedTuple):
 
 def blocks(n_rows: int, d_sae: int, device: torch.device) -> Iterator[slice]:
     """Consecutive blocks of rows."""
-    size = max(BLOCK_ROWS, BLOCK_ELEMENTS[device.type] // d_sae)
-    return (slice(first, min(first + size, n_rows)) for first in range(0, n_rows, size))
+    return _slices(n_rows, max(BLOCK_ROWS, BLOCK_ELEMENTS[device.type] // d_sae))
 
 
 class Gradients:
@@ -173,12 +174,17 @@ class Gradients:
         acts = _csr(starts, rows, values, (len(self._W_dec), len(self._x)))
         torch.addmm(W_dec_grad, acts, self._error, beta=beta, out=W_dec_grad)
         # a strip of features at a time: the sparse product comes transposed, and large temporaries cost page faults
-        for strip in blocks(len(self._W_dec), len(self._x[0]), self._x.device):
+        size = max(BLOCK_ROWS, STRIP_ELEMENTS[self._x.device.type] // self._x.shape[1])
+        for strip in _slices(len(self._W_dec), size):
             first, last = int(ends[strip.start]), int(ends[strip.stop])
             own = starts[strip.start : strip.stop + 1] - starts[strip.start]
             shape = (strip.stop - strip.start, len(self._x))
             part = (_csr(own, rows[first:last], grads[first:last], shape) @ self._encoder_in).T
             W_enc_grad[:, strip] = part.add_(W_enc_grad[:, strip]) if self._has_dense else part
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, n)) for first in range(0, n, size))
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def test_saes_are_proposed_for_studies_of_their_own_as_few_as_fit() -> None:
     widths = [8192, 16384, 32768, 65536]
     several = study(saes={"widths": widths})
     needs = stage(estimate(several, SHAPE), "training")
-    device = with_memory(8.5)
+    device = with_memory(9)
     found = next(p for p in proposals(several, SHAPE, needs, device, gpu=True) if p.startswith("saes in"))
     assert "in 2 studies" in found and all(f"w{width}-" in found for width in widths)
     groups = [[int(w) for w in re.findall(r"-w(\d+)-", group)] for group in found.split(";")]

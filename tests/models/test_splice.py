@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import Checkpoint, layers_to, load_model, resolve
@@ -55,6 +55,16 @@ def test_a_hook_point_that_the_architecture_lacks_is_refused(tmp_path: Path) -> 
     directory = make_checkpoint(tmp_path / "m", "gpt_neox")
     with pytest.raises(StudyError, match=r"GPTNeoXForCausalLM has no blocks\.1\.hook_resid_mid"):
         open_splicer(load(directory), "blocks.1.hook_resid_mid", checkpoint_at(directory))
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")  # for its tokenizer
+    config = AutoConfig.for_model("granite", **SIZES["llama"], vocab_size=200, logits_scaling=8.0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    checkpoint = resolve(str(tmp_path))
+    model = load_model(checkpoint, dtype="float32", device="cpu")
+    with pytest.raises(StudyError, match="logits of GraniteForCausalLM are not the unembedding"):
+        open_splicer(model, "blocks.1.hook_resid_pre", checkpoint)
 
 
 def test_a_layer_beyond_the_model_is_refused(tmp_path: Path) -> None:
