@@ -43,7 +43,7 @@ def test_check_says_what_will_be_done_and_what_it_costs(
     assert result.returncode == 0, result.stderr
     assert "device      h200: 791 TFLOP/s" in result.stdout and "DOES NOT FIT" not in result.stdout
     small = cli("check", config, "--device-spec", "tflops=0.1,gbps=20,gib=0.5")
-    assert small.returncode == 0 and "would fit: a GPU of 16 GiB (t4)" in small.stdout
+    assert small.returncode == 0 and "would fit: a GPU of 15 GiB (t4)" in small.stdout
     for word in ("LlamaForCausalLM", "blocks.1.hook_resid_pre", "standard-w64-l1_1-s0", "memory", "FLOPs", "hours"):
         assert word in result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small.yaml"]
