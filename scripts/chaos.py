@@ -208,7 +208,9 @@ def campaign(out: Path, rounds: int, each: int, rng: random.Random) -> Iterator[
         for target in STAGES if n_rounds < rounds else thin:
             for _ in range(rng.choice((1, 2, 3, 4)) if rounds > len(STAGES) else 1):
                 if n_rounds < goal and STAGES.index(stage_of(root)) <= STAGES.index(target):
-                    hit = one_round(root, study, target, lasts.get(target, 1.0), rng, counts, console)
+                    # a stage that is still to be hit is short: its kill comes early, or falls on the next one
+                    longest = LONGEST_S if n_rounds < rounds else 0.1
+                    hit = one_round(root, study, target, lasts.get(target, 1.0), longest, rng, counts, console)
                     killed |= {hit} if hit else set()
                     n_rounds += hit is not None
         n_lost = finish(root, study, console)
@@ -228,13 +230,20 @@ def campaign(out: Path, rounds: int, each: int, rng: random.Random) -> Iterator[
 
 
 def one_round(
-    root: Path, study: Path, target: str, lasts: float, rng: random.Random, counts: dict[str, Count], console: Console
+    root: Path,
+    study: Path,
+    target: str,
+    lasts: float,
+    longest: float,
+    rng: random.Random,
+    counts: dict[str, Count],
+    console: Console,
 ) -> str | None:
     """One kill, aimed at a stage; gives the stage that it hit, None if the run was over before."""
     before, saved = records(root), checkpointed(root)
     run = Run(study, root)
     code = run.wait(target)
-    number, delay = rng.choice(SIGNALS), rng.random() * min(lasts, LONGEST_S)
+    number, delay = rng.choice(SIGNALS), rng.random() * min(lasts, longest)
     if code is None:
         time.sleep(delay)
         code = run.kill(number)

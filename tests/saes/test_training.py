@@ -124,7 +124,7 @@ def test_an_explosion_is_told_from_learning(tmp_path: Path) -> None:
     ],
 )
 def test_too_little_memory_says_what_to_lower_and_keeps_checkpoints(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match=r"(?s)out of memory .*\n.*lower train.batch_size .* fewer SAEs at once"):
+    with pytest.raises(StudyError, match=r"(?s)out of memory .*\n.*lower train.batch_size .* fewer SAEs share"):
         train([trainee(tmp_path / "sae", "standard")], GivenStream(fail_at=(20, error)), every_min=ALWAYS)
     assert steps_of(tmp_path / "sae") == [19, 20]
 
