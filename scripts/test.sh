@@ -18,10 +18,11 @@ scripts/setup.sh
 # One thread in each of several processes is faster than several threads in one.
 export OMP_NUM_THREADS=1
 
-# Tests, long files in the order of their names, so that none is left to the end alone. Last, so that the output ends with pytest's summary.
+# Tests. Last, so that the output ends with pytest's summary.
 if [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi
+# In the order of names: by number of tests, files of one long test would run last, and alone.
 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # By themselves, since they watch the time that real jobs take.
 .venv/bin/python -m pytest -m slurm
