@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 EXIT_BUG, EXIT_MENDABLE = 1, 2
 KEPT = "finished stages are kept, and the checkpoints of a training; the same command goes on"
 WATCH_EVERY_S = 5.0
-TABLE_WIDTH = 150  # characters; the post's ten columns with long SAE names
+STATUS_WIDTH = 150  # characters
+WIDER_THAN_ANY_TABLE = 10_000
 
 app = typer.Typer(
     help="Does a sparse autoencoder trained on a base model work on its chat model, and the other way round?",
@@ -381,7 +382,7 @@ def cancel(
 
 def _print_status(status: "Status") -> None:
     # ids are what a person copies, so they are never cut
-    console = Console(width=max(Console().width, TABLE_WIDTH))
+    console = Console(width=max(Console().width, STATUS_WIDTH))
     table = Table(box=SIMPLE_HEAD)
     for column in ("cell", "state", "stage", "message"):
         table.add_column(column, overflow="fold", no_wrap=column == "cell")
@@ -463,8 +464,8 @@ def _interruptible() -> Iterator[None]:
 def _print_tables(root: Path) -> None:
     from sae_transfer.report.tables import cross_eval_blocks
 
-    # numbers cut short by a narrow terminal would be wrong numbers: there, the terminal wraps the lines
-    console = Console(width=max(Console().width, TABLE_WIDTH))
+    # numbers cut short would be wrong numbers: a narrow terminal wraps the lines instead
+    console = Console(width=WIDER_THAN_ANY_TABLE)
     for block in cross_eval_blocks(root):
         console.print(block.title, markup=False, highlight=False, soft_wrap=True)
         table = Table(box=SIMPLE_HEAD)

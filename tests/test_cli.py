@@ -57,6 +57,7 @@ def test_run_prints_the_posts_table_and_where_it_is(
     assert result.returncode == 0, result.stderr
     for heading in ("SAE", "Model", "L0", "CE Loss rec %", "Clean CE Loss", "Explained Variance %", "MSE"):
         assert heading in result.stdout
+    assert "…" not in result.stdout, "a number that is cut short is another number"
     assert result.stdout.strip().endswith("results/small/report/index.html")
     again = cli("cross-eval", config, "--set", "train.tokens=512", cwd=tmp_path)
     assert again.returncode == 0 and "cross-eval: done already, nothing to do" in again.stderr
