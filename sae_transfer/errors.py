@@ -21,3 +21,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if {"MemoryError", "OutOfMemoryError"} & named:
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sae_transfer.config import SIDES, Study
-from sae_transfer.errors import StudyError, is_out_of_memory
+from sae_transfer.errors import StudyError, first_line, is_out_of_memory
 from sae_transfer.models.pair import fingerprint, resolve_pair
 from sae_transfer.saes.checkpoints import CHECKPOINTS, STATE_FILE
 from sae_transfer.stages.context import Context
@@ -160,9 +160,8 @@ def _out_of_memory_said() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        found = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StudyError(
-            f"out of memory ({found}); finished stages are kept, and checkpoints",
+            f"out of memory ({first_line(error)}); finished stages are kept, and checkpoints",
             "a device with more memory (sae-transfer check CONFIG says how much), or pair.dtype: bfloat16",
         ) from error
 

@@ -329,9 +329,13 @@ class _SharedLog(RotatingFileHandler):
     """log.txt, which two processes may write: each follows when the other has begun a new file."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record to the file that has the name now."""
-        if not self._is_current():
-            self._reopen()
+        """Write one record to the file that has the name now; what cannot be written ends nothing."""
+        try:
+            if not self._is_current():
+                self._reopen()
+        except OSError:
+            self.handleError(record)
+            return
         super().emit(record)
 
     def doRollover(self) -> None:

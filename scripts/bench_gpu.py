@@ -349,8 +349,8 @@ def main() -> None:
     out = arguments.out or (None if arguments.small else Path("results/benchmarks/gpu.json"))
     if out is not None:
         found = [{**asdict(result), "hours_of_800M_tokens": result.hours} for result in bench.results]
-        sides = {"sizes": asdict(sizes), "measured": asdict(device), "parts": found}
-        write_json(out, {**sides, "l0": bench.l0, "checkpoint": bench.checkpoint})
+        result = {"sizes": asdict(sizes), "measured": asdict(device), "parts": found}
+        write_json(out, {**result, "l0": bench.l0, "checkpoint": bench.checkpoint})
 
 
 if __name__ == "__main__":

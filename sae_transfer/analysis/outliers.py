@@ -17,7 +17,7 @@ from sae_transfer.analysis.cells import Section, evaluate_model, scale_factor
 from sae_transfer.analysis.metrics import METRICS, Bootstrap
 from sae_transfer.analysis.norms import Gap, OutlierPolicy, find_gap
 from sae_transfer.analysis.site import OneModelAtATime, SiteActivations
-from sae_transfer.errors import StudyError
+from sae_transfer.errors import StudyError, first_line
 from sae_transfer.models.pair import Checkpoint
 from sae_transfer.models.tokens import TokenSet
 from sae_transfer.progress import Meter
@@ -133,7 +133,7 @@ def _write_auto(
     except StudyError as error:
         if isinstance(asked, str) and "excluded" in policies:
             raise
-        gap, explanation = None, str(error).splitlines()[0]
+        gap, explanation = None, first_line(error)
     found = {"threshold": gap.threshold, "low": gap.low, "high": gap.high} if gap else {"threshold": None}
     content = {**found, "asked": asked, "explanation": explanation}
     write_text(directory / "auto.json", json.dumps(content, indent=2) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_transfer import demo
-from sae_transfer.errors import StudyError
+from sae_transfer.errors import StudyError, first_line
 from sae_transfer.study import digest, sampled_digest
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def _from_hub(source: str, revision: str | None, weights: bool) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise StudyError(
             f"{source}{at}: not a directory, and not to be had from the hub or its local cache"
-            f" ({type(error).__name__}: {str(error).splitlines()[0]})",
+            f" ({type(error).__name__}: {first_line(error)})",
             "check the name, the network (HF_HUB_OFFLINE), and for a gated model the login (`hf auth login`)",
         ) from error
 

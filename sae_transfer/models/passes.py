@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_transfer.errors import StudyError, is_out_of_memory
+from sae_transfer.errors import StudyError, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -87,5 +87,5 @@ def _failure(run: Callable[[slice, AtOnce], None], rows: slice, at_once: AtOnce)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return first_line(error)
     return None

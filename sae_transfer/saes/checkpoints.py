@@ -15,7 +15,7 @@ from typing import Any
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file, save_file
 
-from sae_transfer.errors import StudyError, is_out_of_memory
+from sae_transfer.errors import StudyError, first_line, is_out_of_memory
 from sae_transfer.study import clear_scratch, digest, file_digest, read_json, replacing, sync, write_json
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Checkpoints:
                 except RuntimeError as error:  # torch says with it that it could not write
                     if is_out_of_memory(error):
                         raise
-                    raise OSError(str(error).splitlines()[0]) from error
+                    raise OSError(first_line(error)) from error
                 for path in directory.iterdir():
                     if path.name not in digests:
                         digests[path.name] = pool.submit(_synced_digest, path)

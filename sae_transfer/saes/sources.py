@@ -17,7 +17,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from safetensors import SafetensorError
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
-from sae_transfer.errors import StudyError
+from sae_transfer.errors import StudyError, first_line
 from sae_transfer.saes.store import CONFIG_FILE, SPARSITY_KEYS, WEIGHTS_FILE
 from sae_transfer.study import file_digest, replacing, write_json
 from sae_transfer.tracking import download_artifact
@@ -311,4 +311,4 @@ def _write(sae: SAE[Any], directory: Path, origin: Mapping[str, str]) -> None:
 
 
 def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -19,7 +19,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_transfer import signals
-from sae_transfer.errors import StudyError, is_out_of_memory
+from sae_transfer.errors import StudyError, first_line, is_out_of_memory
 from sae_transfer.progress import Meter
 from sae_transfer.saes.checkpoints import KEPT, Checkpoint, Checkpoints, common_starts
 from sae_transfer.saes.curve import LOG_FILE, TOLD_FILE, CurveLog
@@ -32,7 +32,7 @@ from sae_transfer.throughput import CHECKPOINT
 logger = logging.getLogger(__name__)
 
 LOG_POINTS = 500  # of a training curve, at most
-DEAR_CHECKPOINTS = 0.02  # of the time
+COSTLY_CHECKPOINTS = 0.02  # share of the time
 EXPLODED = 100  # times the mean squared norm of a batch: an SAE that puts out nothing has an MSE of 1 of them
 # SAELens's moving average of the batchtopk threshold forgets its start at rate 0.01: e^-4 of it is left after this.
 BATCHTOPK_SETTLED_STEPS = 400
@@ -220,9 +220,8 @@ def train_saes(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        found = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StudyError(
-            f"{label}: out of memory ({found}); checkpoints are kept",
+            f"{label}: out of memory ({first_line(error)}); checkpoints are kept",
             "lower train.batch_size (finetune.batch_size), or have fewer SAEs share a stream: widths in studies"
             " of their own, launcher.cells_per_job in a sweep",
         ) from error
@@ -399,7 +398,7 @@ def _train_group(
                 with stream.throughput.timing(CHECKPOINT, (step - saved_step) * batch_size):
                     saved_step = step if _save(alive, label, step) else saved_step
                 saved_at = time.monotonic()
-                has_warned = has_warned or _warn_if_dear(saved_at - began, 60 * checkpoint_every_min)
+                has_warned = has_warned or _warn_if_costly(saved_at - began, 60 * checkpoint_every_min)
     except signals.Stopped:
         if step > saved_step:
             _save([training for training in alive if training.is_sound(with_weights=True)], label, step)
@@ -407,18 +406,18 @@ def _train_group(
     return alive
 
 
-def _warn_if_dear(seconds: float, interval: float) -> bool:
-    """Say it when checkpoints take a notable part of the time; whether it was said."""
+def _warn_if_costly(seconds: float, interval: float) -> bool:
+    """Say it when a checkpoint of so many seconds, `interval` seconds apart, costs too much; whether it was said."""
     share = seconds / (seconds + interval)
-    if share > DEAR_CHECKPOINTS:
+    if share > COSTLY_CHECKPOINTS:
         logger.warning(
             "a checkpoint took %.1f s, and checkpoints so often %.0f%% of the time; a faster disk, or"
             " compute.checkpoint_every_min: %.2g, would make that less than 2%%",
             seconds,
             100 * share,
-            seconds / DEAR_CHECKPOINTS / 60,
+            seconds / COSTLY_CHECKPOINTS / 60,
         )
-    return share > DEAR_CHECKPOINTS
+    return share > COSTLY_CHECKPOINTS
 
 
 def _save(alive: Sequence[_Training], label: str, step: int) -> bool:

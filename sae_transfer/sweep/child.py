@@ -72,6 +72,8 @@ class Child:
 
         Not by Popen.poll, whose lock a signal handler that polls as well may find taken by the call it interrupted.
         """
+        if self._process.returncode is not None:  # `finish` has waited for it
+            return self._process.returncode
         end = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if end is None:
             return None

@@ -20,7 +20,7 @@ OWN_SBATCH_OPTIONS = ("array", "chdir", "dependency", "error", "output", "signal
 
 
 def _no_own_option(values: dict[str, Any]) -> dict[str, Any]:
-    if taken := sorted(key for key in values if key.replace("-", "_") in OWN_SBATCH_OPTIONS):
+    if taken := sorted(key for key in values if key in OWN_SBATCH_OPTIONS):
         expected = f"options that sae-transfer does not set itself, as it does {', '.join(taken)}"
         raise PydanticCustomError("study", "expected {expected}", {"expected": expected})
     return values

@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -139,11 +139,12 @@ def supervise(directory: Path, lock: FileLock) -> None:
     write_text(_pid_file(directory), str(os.getpid()))
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     slots: dict[int, Child | None] = {}
+    complaints: set[str] = set()
     try:
         while asked is None:
-            _collect(slots)
+            _collect(slots, complaints)
             wanted = int((directory / "jobs" / "slots").read_text())
-            waiting = _fill(directory, slots, wanted)
+            waiting = _fill(directory, slots, wanted, complaints)
             if not waiting and not any(slots.values()) and _ended(directory, lock):
                 return
             time.sleep(POLL_S)
@@ -204,7 +205,7 @@ def _supervisor(directory: Path) -> int | None:
     return pid if "sae_transfer" in command or "sae-transfer" in command else None
 
 
-def _collect(slots: dict[int, Child | None]) -> None:
+def _collect(slots: dict[int, Child | None], complaints: set[str]) -> None:
     """Free the slots of jobs that have ended, and keep the logs of the others short."""
     for slot, child in slots.items():
         if child is None:
@@ -212,13 +213,13 @@ def _collect(slots: dict[int, Child | None]) -> None:
         if child.exit_code() is None:
             child.tend()
             continue
-        with suppress(OSError, StudyError):  # while the disk is full, its end is still to be written
+        with _tried_again(child.job, complaints):
             record = child.finish()
             logger.info("%s: %s%s", child.job.name, record.state, f": {record.message}" if record.message else "")
             slots[slot] = None
 
 
-def _fill(directory: Path, slots: dict[int, Child | None], wanted: int) -> bool:
+def _fill(directory: Path, slots: dict[int, Child | None], wanted: int, complaints: set[str]) -> bool:
     """Start what can start in the slots that are free; whether anything waits still."""
     jobs = read_jobs(directory)
     records = {job.name: read_record(directory, job.name) for job in jobs}
@@ -228,12 +229,23 @@ def _fill(directory: Path, slots: dict[int, Child | None], wanted: int) -> bool:
         if slot is None:
             break
         if not any(records[need].state in LIVE for need in job.needs):
-            with suppress(OSError, StudyError):  # while the disk is full, it waits
+            with _tried_again(job, complaints):
                 slots[slot] = start(directory, job, slot_environment(slot, wanted))
                 if slots[slot] is not None:
                     logger.info("%s: started in slot %d of %d", job.name, slot + 1, wanted)
             records[job.name] = read_record(directory, job.name)
     return bool(waiting)
+
+
+@contextmanager
+def _tried_again(job: Job, complaints: set[str]) -> Iterator[None]:
+    """Let pass what fails for want of space or otherwise, as it will be tried again; say it once."""
+    try:
+        yield
+    except (OSError, StudyError) as error:
+        if str(error) not in complaints:
+            logger.warning("%s: tried again until it succeeds: %s", job.name, error)
+            complaints.add(str(error))
 
 
 def _ended(directory: Path, lock: FileLock) -> bool:

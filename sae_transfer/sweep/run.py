@@ -137,21 +137,14 @@ def submit_sweep(
     with _locked(directory):
         jobs = _write(sweep, cells, directory)
         records = _reconciled(directory, jobs)
-        chosen, held = choose(
-            jobs,
-            records,
-            directory,
-            retry_failed=retry_failed,
-            max_attempts=sweep.launcher.max_attempts,
-        )
+        attempts = sweep.launcher.max_attempts
+        chosen, held = choose(jobs, records, directory, retry_failed=retry_failed, max_attempts=attempts)
         if waiting := _waiting_in_slurm_for(chosen, jobs, records):
             # they wait for the end of attempts that these replace: they are to wait for these
             queue.cancel(record.scheduler_id for record in waiting.values() if record.scheduler_id)
             for name in waiting:
                 records[name] = update_record(directory, name, lambda record: given_back(record, "to wait anew"))
-            chosen, held = choose(
-                jobs, records, directory, retry_failed=retry_failed, max_attempts=sweep.launcher.max_attempts
-            )
+            chosen, held = choose(jobs, records, directory, retry_failed=retry_failed, max_attempts=attempts)
         for name, reason in held.items():
             logger.warning("%s: not submitted: %s", name, reason)
         lock = local.claim(directory) if foreground and chosen and sweep.launcher.engine == "local" else None

@@ -163,11 +163,14 @@ def submit(directory: Path, jobs: Sequence[Job], records: Mapping[str, Record], 
     for (is_report, needs), members in arrays.items():
         waits_for = [known for need in needs if (known := ids.get(need))]
         with signals.deferred():  # a job that SLURM has and no file knows could not be cancelled
-            _submit_array(directory, members, _executor(directory, launcher, waits_for, is_report=is_report), launcher)
-        ids |= {job.name: read_record(directory, job.name).scheduler_id for job in members}
+            executor = _executor(directory, launcher, waits_for, is_report=is_report)
+            ids |= _submit_array(directory, members, executor, launcher)
 
 
-def _submit_array(directory: Path, members: Sequence[Job], executor: AutoExecutor, launcher: Launcher) -> None:
+def _submit_array(
+    directory: Path, members: Sequence[Job], executor: AutoExecutor, launcher: Launcher
+) -> dict[str, str]:
+    """Submit jobs as one array; SLURM's ids by name."""
     for job in members:
         update_record(directory, job.name, lambda record, job=job: submitted(record, job, "slurm"))
     try:
@@ -177,9 +180,10 @@ def _submit_array(directory: Path, members: Sequence[Job], executor: AutoExecuto
         for job in members:
             update_record(directory, job.name, lambda record: given_back(record, "not submitted"))
         raise StudyError(f"SLURM takes no job: {error}", "mend launcher in the sweep file; ask SLURM: sinfo") from error
-    for job, handle in zip(members, handles, strict=True):
-        slurm_id = handle.job_id
-        update_record(directory, job.name, lambda record, slurm_id=slurm_id: replace(record, scheduler_id=slurm_id))
+    ids = {job.name: handle.job_id for job, handle in zip(members, handles, strict=True)}
+    for name, slurm_id in ids.items():
+        update_record(directory, name, lambda record, slurm_id=slurm_id: replace(record, scheduler_id=slurm_id))
+    return ids
 
 
 def _executor(directory: Path, launcher: Launcher, waits_for: Sequence[str], *, is_report: bool) -> AutoExecutor:

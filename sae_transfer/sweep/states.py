@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from dataclasses import fields as dataclass_fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -98,15 +97,15 @@ def read_record(directory: Path, job: str) -> Record:
         StudyError: Another version wrote it.
     """
     try:
-        fields = json.loads((job_directory(directory, job) / "state.json").read_text(encoding="utf-8"))
+        found = json.loads((job_directory(directory, job) / "state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Record()
-    if unknown := sorted(set(fields) - {field.name for field in dataclass_fields(Record)}):
+    if unknown := sorted(set(found) - {field.name for field in fields(Record)}):
         raise StudyError(
             f"{directory}: was written by another version of sae-transfer (its records have {', '.join(unknown)})",
             "use that version here, or another --out DIR",
         )
-    return Record(**{**fields, "cells": tuple(fields["cells"])})
+    return Record(**{**found, "cells": tuple(found["cells"])})
 
 
 def update_record(directory: Path, job: str, change: Callable[[Record], Record]) -> Record:

@@ -51,4 +51,5 @@ def test_a_full_disk_delays_what_is_written_of_a_job_and_loses_none_of_it(small_
         with pytest.raises(StudyError, match="No space left"):
             child.finish()
         assert read_record(small_disk, "report").state == "running"
+    assert child.exit_code() == 2, "it can still be asked once it was waited for"
     assert child.finish().state == read_record(small_disk, "report").state == "failed"

@@ -19,9 +19,10 @@ from sae_transfer.errors import StudyError
 from sae_transfer.sweep import child, local
 from sae_transfer.sweep.cells import expand, read_cells
 from sae_transfer.sweep.file import load_sweep
-from sae_transfer.sweep.jobs import Job, read_jobs
+from sae_transfer.sweep.jobs import Job, read_jobs, write_jobs
 from sae_transfer.sweep.run import cancel_sweep, describe, read_status, submit_sweep
-from sae_transfer.sweep.states import Fact, Record, read_record, update_record
+from sae_transfer.sweep.states import Fact, Record, read_record, submitted, update_record
+from tests.disks import full
 from tests.studies import cli, hold, read_rows
 from tests.sweep.sweeps import write_sweep
 
@@ -136,6 +137,31 @@ def test_a_job_waits_for_an_attempt_that_is_ending_and_keeps_its_log_short(
     assert read_status(out).counts["done"] == 1
     (log,) = out.glob("jobs/train-base*/log.txt")
     assert log.with_name("log.previous.txt").stat().st_size > 200 > log.stat().st_size
+
+
+def test_what_a_full_disk_holds_up_is_tried_again_and_said_once(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = Job("report", "report", ("a-cell-that-was-never-written",), (), ())
+    write_jobs([report], small_disk)
+    update_record(small_disk, "report", lambda record: submitted(record, report, "local"))
+    (small_disk / "jobs" / "slots").write_text("1")
+    lock = local.claim(small_disk)
+    assert lock is not None
+
+    def be_full_for_a_while() -> None:
+        wait_until((small_disk / "jobs" / "supervisor.pid").exists)
+        with full(small_disk):
+            wait_until(lambda: "tried again" in caplog.text)
+            time.sleep(3 * local.POLL_S)
+
+    disk = threading.Thread(target=be_full_for_a_while)
+    disk.start()
+    local.supervise(small_disk, lock)
+    disk.join()
+    assert read_record(small_disk, "report").state == "failed"
+    (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert said.startswith("report: tried again until it succeeds: ") and "No space left" in said
 
 
 def test_a_supervisor_that_does_not_start_is_said(
