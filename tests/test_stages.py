@@ -148,6 +148,16 @@ def test_the_threshold_sweep_agrees_with_cross_evaluation_at_the_studys_threshol
     assert fractions == sorted(fractions, reverse=True) and fractions[-1] == 0
 
 
+def test_the_errors_by_norm_are_those_that_cross_evaluation_averages(finished: Path) -> None:
+    scatter = read_rows(finished, "outliers/scatter.csv")
+    seen = {(row["sae"], row["model"]): [r for r in scatter if r["sae"] == row["sae"]] for row in scatter}
+    assert {model for _, model in seen} == {"base", "chat"}
+    for (sae, model), rows in seen.items():
+        assert len({(row["sequence"], row["position"]) for row in rows}) == len(rows) == 1024, "no sample is needed yet"
+        mean = np.mean([float(row["squared_error"]) for row in rows])
+        assert mean == pytest.approx(float(row_of(finished, sae, model)["mse"]), rel=1e-6)
+
+
 def test_instruction_sections_agree_with_a_row_by_row_computation(
     finished: Path, llama_pair: tuple[Path, Path]
 ) -> None:

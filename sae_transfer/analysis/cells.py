@@ -27,7 +27,6 @@ from sae_transfer.models.splice import Splicer
 from sae_transfer.saes.store import StoredSAE
 
 ScalePolicy = Literal["matched", "raw"]
-MIN_POSITIONS = 256  # a product of fewer waits for the SAE's weights: measured half the rate at 128
 
 
 class CellKey(NamedTuple):
@@ -126,7 +125,7 @@ def evaluate_model(
             variance = _masked(batch.variance[policy], mask)
             tally.add(tally.of_policy(policy), batch, n_tokens=mask.sum(1), variance=variance)
 
-        splices = _sae_splices(batch, saes, scale_policies, norm_scale, at_once.features, tally)
+        splices = _sae_splices(batch, saes, scale_policies, norm_scale, at_once, tally)
         if constant is None:
             splices = chain(splices, _ablations(batch, norm_scale, tally))
         else:
@@ -266,14 +265,14 @@ def _sae_splices(
     saes: Sequence[StoredSAE],
     scale_policies: Sequence[ScalePolicy],
     norm_scale: float,
-    features_at_once: int,
+    at_once: AtOnce,
     tally: _Tally,
 ) -> Iterator[_Splice]:
     """Reconstruct with each SAE, write down how well, and yield each distinct spliced residual."""
     for sae in saes:
         factors = {policy: scale_factor(sae, norm_scale, policy) for policy in scale_policies}
         for factor in dict.fromkeys(factors.values()):
-            reconstruction = _reconstruct(sae, batch, factor, features_at_once)
+            reconstruction = _reconstruct(sae, batch, factor, at_once)
             error = _squared_norm((batch.acts - reconstruction.acts).mul_(norm_scale))
             cells_of: dict[str, list[CellKey]] = {}  # under policies that splice the same positions there is one pass
             for policy, mask in batch.masks.items():
@@ -369,13 +368,13 @@ class _Reconstruction(NamedTuple):
     alive: dict[str, Bool[Tensor, "d_sae"]]
 
 
-def _reconstruct(sae: StoredSAE, batch: _Batch, factor: float, features_at_once: int) -> _Reconstruction:
+def _reconstruct(sae: StoredSAE, batch: _Batch, factor: float, at_once: AtOnce) -> _Reconstruction:
     masks = torch.stack([mask.flatten() for mask in batch.masks.values()])
     wanted = masks.any(0).nonzero()[:, 0]
     decoded = batch.acts.flatten(0, 1).clone()
     l0 = torch.zeros(len(decoded), device=decoded.device)
     alive = torch.zeros(len(masks), sae.d_sae, dtype=torch.bool, device=decoded.device)
-    for at in wanted.split(max(MIN_POSITIONS, features_at_once // sae.d_sae)):
+    for at in wanted.split(at_once.positions(sae.d_sae)):
         features, decoded[at] = sae.reconstruct(decoded[at], factor)
         active = features.gt_(0)  # in place, and as numbers: counting booleans takes ten times as long
         l0[at] = active.sum(-1)

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sae_transfer.analysis.cells import Section, evaluate_model, scale_factor
 from sae_transfer.analysis.metrics import METRICS, Bootstrap
@@ -19,6 +21,7 @@ from sae_transfer.analysis.norms import Gap, OutlierPolicy, find_gap
 from sae_transfer.analysis.site import OneModelAtATime, SiteActivations
 from sae_transfer.errors import StudyError, first_line
 from sae_transfer.models.pair import Checkpoint
+from sae_transfer.models.passes import AT_ONCE
 from sae_transfer.models.tokens import TokenSet
 from sae_transfer.progress import Meter
 from sae_transfer.saes.store import StoredSAE
@@ -219,9 +222,9 @@ def _write_scatter(
         sample = generator.choice(others, min(SCATTER_SAMPLE, len(others)), replace=False)
         chosen = np.concatenate([np.flatnonzero(scaled.ravel() > threshold), np.sort(sample)])
         where = np.unravel_index(chosen, scaled.shape)
-        acts = torch.from_numpy(sites[side].acts[where]).to(device)
-        _, decoded = sae.reconstruct(acts, scale_factor(sae, scales[side], "matched"))
-        errors = ((acts - decoded) * scales[side]).square().sum(-1, dtype=torch.float64).cpu().numpy()
+        acts = torch.from_numpy(sites[side].acts[where])
+        parts = acts.split(AT_ONCE[torch.device(device).type].positions(sae.d_sae))
+        errors = np.concatenate([_squared_errors(sae, part.to(device), scales[side]) for part in parts])
         for sequence, position, error in zip(*where, errors, strict=True):
             token = int(sequences[sequence, position])
             rows.append(
@@ -237,6 +240,12 @@ def _write_scatter(
                 }
             )
     _write_csv(directory / "scatter.csv", rows, rows[0])
+
+
+def _squared_errors(sae: StoredSAE, acts: Float[Tensor, "tok d_model"], norm_scale: float) -> NDArray[np.float64]:
+    """Squared error of each position, in the model's scaled units."""
+    _, decoded = sae.reconstruct(acts, scale_factor(sae, norm_scale, "matched"))
+    return ((acts - decoded) * norm_scale).square().sum(-1, dtype=torch.float64).cpu().numpy()
 
 
 def _sweep_points(threshold: float, norms: Mapping[str, NDArray[np.float64]]) -> list[float]:

@@ -244,7 +244,7 @@ def test_how_much_runs_at_once_does_not_change_numbers(
 
     def run(tokens: int, features: int, min_positions: int) -> dict[CellKey, CellSums]:
         monkeypatch.setattr("sae_transfer.models.passes.AT_ONCE", {"cpu": AtOnce(tokens, features)})
-        monkeypatch.setattr("sae_transfer.analysis.cells.MIN_POSITIONS", min_positions)
+        monkeypatch.setattr("sae_transfer.models.passes.MIN_POSITIONS", min_positions)
         site = f"blocks.1.hook_{hook}"
         return evaluate(directory, tmp_path, saes, hook=site, threshold=threshold, scales=POLICIES)
 
