@@ -491,10 +491,11 @@ def _logging() -> Iterator[None]:
 
 def main() -> None:
     """Run the CLI; exit codes: 0, 1 a bug, 2 what the user can mend, 75 stopped by a signal, 130 by Ctrl-C."""
-    with _logging(), signals.installed():
+    with _logging():
         try:
-            signals.end_with_parent()
-            app(standalone_mode=True)
+            with signals.installed():
+                signals.end_with_parent()
+                app(standalone_mode=True)
         except signals.Stopped as stop:
             code = stop.exit_code
             logging.getLogger("sae_transfer").error("%s; %s", stop, KEPT)

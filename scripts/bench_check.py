@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import say, table, write_json
-from small_studies import VERBS, carry_out, make_study, measured_core, on_one_core
+from small_studies import TINY, VERBS, carry_out, make_study, measured_core, on_one_core, start_up
 
 from sae_transfer.cost.device import Device
 from sae_transfer.cost.estimate import REALISED, estimate
@@ -24,13 +24,6 @@ from sae_transfer.cost.shape import model_shape
 from sae_transfer.study_file import load_study
 
 GIB = 2**30
-SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 344,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "vocab_size": 2048,
-}
 MIDDLE = {
     "hidden_size": 512,
     "intermediate_size": 1376,
@@ -40,9 +33,8 @@ MIDDLE = {
 }
 # Shapes that pull the parts of a study apart: name -> model, keys of the study.
 STUDIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
-    "nothing": (SMALL, {"saes.widths": [64], "train.tokens": 2048, "evaluate.tokens": 1024}),
-    "small": (SMALL, {"saes.widths": [1024], "train.tokens": "200k", "evaluate.tokens": 49152}),
-    "wide SAE": (SMALL, {"saes.widths": [8192], "train.tokens": "100k", "evaluate.tokens": 16384}),
+    "small": (TINY, {"saes.widths": [1024], "train.tokens": "200k", "evaluate.tokens": 49152}),
+    "wide SAE": (TINY, {"saes.widths": [8192], "train.tokens": "100k", "evaluate.tokens": 16384}),
     "middle": (MIDDLE, {"saes.widths": [4096], "train.tokens": "60k", "evaluate.tokens": 8192}),
     "long context": (
         MIDDLE,
@@ -56,13 +48,13 @@ STUDIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     ),
     "three SAEs": (MIDDLE, {"saes.widths": [1024, 2048, 4096], "train.tokens": "30k", "evaluate.tokens": 4096}),
     "topk": (
-        SMALL,
+        TINY,
         {
             "saes.architecture": "topk",
             "saes.k": [16],
             "saes.widths": [4096],
             "train.tokens": "100k",
-            "evaluate.tokens": 8192,
+            "evaluate.tokens": 49152,
         },
     ),
     "wide vocabulary": (
@@ -91,19 +83,18 @@ def stages(name: str, device: Device) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure, predict, carry out, compare."""
-    names = [name for name in STUDIES if name != "nothing"]
     parser = argparse.ArgumentParser(description="Predicted against measured memory and time.")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="Studies; unset: all.")
+    parser.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES), help="Studies; unset: all.")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/check.json"))
     arguments = parser.parse_args()
     on_one_core()
     device = measured_core()
     say(f"one core: {device.tflops_float32 * 1000:.0f} GFLOP/s, {device.gbps:.1f} GB/s")
-    start_up = {row["stage"]: row["cpu_seconds"] for row in stages("nothing", device)}
+    idle = start_up(VERBS)
     rows: list[dict[str, Any]] = []
     for name in arguments.only:
         for row in stages(name, device):
-            seconds = row["cpu_seconds"] - start_up[row["stage"]]
+            seconds = row["cpu_seconds"] - idle[row["stage"]]
             predicted = row["bound_seconds"] / REALISED[1]
             ratios = {"time_ratio": predicted / seconds, "memory_ratio": row["predicted_bytes"] / row["peak_bytes"]}
             rows.append({"study": name, **row, "seconds": seconds, "predicted_seconds": predicted, **ratios})
@@ -127,7 +118,7 @@ def main() -> None:
         values = [row[key] for row in rows]
         n_within = sum(abs(value - 1) <= allowed for value in values)
         say(f"{key}: {min(values):.2f} to {max(values):.2f}; within {allowed:.0%}: {n_within} of {len(values)}")
-    write_json(arguments.out, {"device": asdict(device), "start_up_cpu_seconds": start_up, "stages": rows})
+    write_json(arguments.out, {"device": asdict(device), "start_up_cpu_seconds": idle, "stages": rows})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, say, write_json
-from small_studies import VERBS, Taken, carry_out, make_study, measured_core, on_one_core
+from small_studies import VERBS, carry_out, make_study, measured_core, on_one_core, start_up
 
 from sae_transfer.cost.device import Device
 from sae_transfer.cost.estimate import REALISED, estimate
@@ -84,14 +84,6 @@ def measure(axis: str, value: int, names: Sequence[str], device: Device) -> list
         ]
 
 
-def start_up() -> dict[str, Taken]:
-    """What a stage with next to nothing to do takes."""
-    with tempfile.TemporaryDirectory() as directory:
-        keys = {**KEYS, "saes.widths": [64], "train.tokens": 2048, "evaluate.tokens": 1024}
-        path = make_study(Path(directory), SMALL, keys)
-        return {name: carry_out(path, VERBS[name]) for name in COLOURS}
-
-
 def draw(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], machine_name: str) -> Plot:
     """Time above, memory below, an axis a column."""
     with styled():
@@ -140,23 +132,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     arguments = parser.parse_args()
     on_one_core()
-    device, idle = measured_core(), start_up()
+    device, idle = measured_core(), start_up(COLOURS)
     rows: list[dict[str, Any]] = []
     for axis in arguments.only:
         values, names = AXES[axis]
         for value in values[: arguments.points]:
             for row in measure(axis, value, names, device):
-                rows.append({**row, "seconds": row["cpu_seconds"] - idle[row["stage"]].cpu_seconds})
+                rows.append({**row, "seconds": row["cpu_seconds"] - idle[row["stage"]]})
                 say(
                     f"{axis} {value:,}, {row['stage']}: {rows[-1]['seconds']:.1f} s"
                     f" (predicted {row['predicted_seconds']:.1f}), {row['peak_bytes'] / GIB:.2f} GiB"
                     f" (predicted {row['predicted_bytes'] / GIB:.2f})"
                 )
-    found = {
-        "device": asdict(device),
-        "start_up": {name: asdict(taken) for name, taken in idle.items()},
-        "points": rows,
-    }
+    found = {"device": asdict(device), "start_up_cpu_seconds": idle, "points": rows}
     write_json(arguments.out / "scaling.json", found)
     plot = draw(rows, arguments.only, machine()["cpu"])
     for path in plot.write(arguments.out):

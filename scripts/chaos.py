@@ -65,6 +65,7 @@ PLACES = {
     "report/": "report",
 }
 SIGNALS = [signal.SIGKILL] * 7 + [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT]
+HELD = {signal.SIGTERM, signal.SIGUSR2, signal.SIGINT}
 EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGUSR2: 75, signal.SIGINT: 130}
 DAMAGED = 0.5  # of the deaths in training
 POLL_S, LIMIT_S = 0.01, 600
@@ -89,8 +90,12 @@ class Run:
         """Start it; what it says goes to a file beside the run directory."""
         self._root = root
         self.output = root.with_suffix(".out")
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         self._pid = os.fork()
         if self._pid == 0:
+            for number in HELD:  # until the command has handlers of its own, when nothing has begun
+                signal.signal(number, lambda number, _: os._exit(EXIT_CODES[signal.Signals(number)]))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
             with self.output.open("w") as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
@@ -105,6 +110,7 @@ class Run:
                 traceback.print_exc()
             finally:
                 os._exit(code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
     def wait(self, until: str | None = None) -> int | None:
         """Wait for the end, whose exit code comes back; or until a stage is at work, which gives None."""

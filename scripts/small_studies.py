@@ -1,9 +1,11 @@
 """Studies over random models, made on disk and carried out stage by stage in processes of their own, measured."""
 
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,15 @@ from sae_transfer.study_file import load_study
 
 # stage of the estimate -> verb that carries it out
 VERBS = {"training": "train", "evaluation": "cross-eval", "outliers": "outliers"}
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 2048,
+}
+# A study with next to nothing to do.
+NOTHING = {"saes.widths": [64], "train.tokens": 2048, "evaluate.tokens": 1024}
 # What a child runs. It reads its own peak: the one that its parent is told (ru_maxrss) is never less than the parent's.
 CHILD = """
 import atexit, os, pathlib
@@ -100,6 +111,17 @@ def make_study(directory: Path, sizes: Mapping[str, int], keys: Mapping[str, Any
     ids = np.random.default_rng(0).integers(sizes["vocab_size"], size=(n_rows, context), dtype=np.int32)
     np.save(directory / "ids.npy", ids)
     return path
+
+
+def start_up(stages: Iterable[str], repeats: int = 3) -> dict[str, float]:
+    """CPU seconds of each stage, a key of `VERBS`, with next to nothing to do, median: most of it imports."""
+    taken: dict[str, list[float]] = {stage: [] for stage in stages}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as directory:
+            path = make_study(Path(directory), TINY, NOTHING)
+            for stage, seconds_of in taken.items():
+                seconds_of.append(carry_out(path, VERBS[stage]).cpu_seconds)
+    return {stage: statistics.median(seconds_of) for stage, seconds_of in taken.items()}
 
 
 def carry_out(path: Path, verb: str) -> Taken:
