@@ -1,4 +1,4 @@
-"""The benchmarks run, in small; what they measure is asserted nowhere."""
+"""The benchmarks and the smoke test of a GPU run, in small; what they measure is asserted nowhere."""
 
 import importlib
 import json
@@ -42,6 +42,13 @@ def test_the_other_benchmarks_run(script: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, SCRIPTS / script, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_smoke_test_passes_in_small() -> None:
+    done = subprocess.run([SCRIPTS / "smoke_gpu.sh", "--small"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "all well" in done.stdout and done.stdout.count("training, gone on with") == 2
 
 
 def test_the_evaluation_benchmark_stops_at_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
