@@ -54,7 +54,7 @@ Here = Annotated[
     bool,
     typer.Option("--here", help="The run directory is the one that the study file lies in, as RUN/study.yaml does."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; unset: compute.device of the study.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; unset: compute.device of the study.")]
 Force = Annotated[bool, typer.Option("--force", help="Do a stage again whose inputs changed.")]
 RetryLR = Annotated[
     float | None,
@@ -242,12 +242,13 @@ def report(
     """
     from sae_transfer.report.page import write_report
     from sae_transfer.report.weight_figures import write_weights_of
-    from sae_transfer.sweep.run import is_sweep
+    from sae_transfer.sweep.run import is_sweep, recorded_states
 
     if is_sweep(config):
         from sae_transfer.report.sweep import write_sweep_report
 
-        typer.echo(write_sweep_report(config))
+        states = {cell.id: (cell.state, cell.message) for cell in recorded_states(config).values()}
+        typer.echo(write_sweep_report(config, states))
         return
     root = _root(_study(config, set_, None), out, config if here else None)
     page = write_report(root)

@@ -96,8 +96,8 @@ def _directory_name(value: str) -> str:
 
 
 def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-        raise _refuse("auto, cpu, mps, cuda or cuda:N")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise _refuse("auto, cpu, cuda or cuda:N")
     return value
 
 
@@ -341,7 +341,7 @@ class Compute(_Section):
     """Where it runs."""
 
     device: Annotated[str, AfterValidator(_device)] = Field(
-        default="auto", description="auto, cpu, mps, cuda or cuda:N; auto takes a GPU where there is one."
+        default="auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."
     )
     autocast: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",

@@ -185,11 +185,10 @@ def choose_device(asked: str) -> str:
     Raises:
         StudyError: It is not there.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked == "auto":
-        return "cuda" if available["cuda"] else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = asked.partition(":")
-    if not available[kind] or (index and int(index) >= torch.cuda.device_count()):
+    if kind == "cuda" and (not torch.cuda.is_available() or (index and int(index) >= torch.cuda.device_count())):
         raise StudyError(
             f"compute.device: {asked} is asked for, and this machine has no such device",
             "--device cpu, or --device auto",

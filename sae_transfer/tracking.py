@@ -2,7 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -39,7 +39,7 @@ class NoTracker:
 
 
 class WandbTracker:
-    """The wandb run of a run directory. What wandb refuses is said once and left out: the files are all there."""
+    """The wandb run of a run directory. Once wandb refuses something, that is said, and it is told no more."""
 
     def __init__(self, run: Any) -> None:
         """Take a started run.
@@ -49,17 +49,37 @@ class WandbTracker:
         """
         self._run = run
         self._curves: set[str] = set()
+        self._has_refused = False
 
     def log_curve(self, sae: str, entry: Mapping[str, float | None]) -> None:
         """See `Tracker`; keys are `train/<sae>/loss` and so on, against tokens."""
+        self._tell(lambda: self._log_curve(sae, entry))
+
+    def log_results(self, run: Path, saes: Sequence[Path]) -> None:
+        """See `Tracker`; tables as `eval/<stage>/<file>`, figures as `figures/<name>`, an artifact for each SAE."""
+        self._tell(lambda: self._log_results(run, saes))
+
+    def finish(self) -> None:
+        """End the wandb run."""
+        self._tell(self._run.finish)
+
+    def _tell(self, tell: Callable[[], None]) -> None:
+        if self._has_refused:
+            return
+        try:
+            tell()
+        except Exception as error:  # wandb's errors are many, and none of them may stop a study
+            self._has_refused = True
+            logger.warning("wandb: %s (%s); it is told no more, every file is here", type(error).__name__, error)
+
+    def _log_curve(self, sae: str, entry: Mapping[str, float | None]) -> None:
         axis = f"train/{sae}/tokens"
         if sae not in self._curves:
             self._run.define_metric(f"train/{sae}/*", step_metric=axis)
             self._curves.add(sae)
         self._run.log({f"train/{sae}/{key}": value for key, value in entry.items()})
 
-    def log_results(self, run: Path, saes: Sequence[Path]) -> None:
-        """See `Tracker`; tables as `eval/<stage>/<file>`, figures as `figures/<name>`, an artifact for each SAE."""
+    def _log_results(self, run: Path, saes: Sequence[Path]) -> None:
         import pandas as pd
         import wandb
 
@@ -137,13 +157,14 @@ def open_tracker(
         mode = "offline"
     try:
         run = start(mode)
-    except Exception as error:  # wandb's errors are many, and none of them may stop a study
+    except Exception as error:
         logger.warning("wandb: %s (%s); going on offline, `wandb sync` sends it later", type(error).__name__, error)
         run = start("offline")
+    tracker = WandbTracker(run)
     try:
-        yield WandbTracker(run)
+        yield tracker
     finally:
-        run.finish()
+        tracker.finish()
 
 
 def download_artifact(name: str, directory: Path) -> None:

@@ -90,6 +90,7 @@ class Run:
         """Start it; what it says goes to a file beside the run directory."""
         self._root = root
         self.output = root.with_suffix(".out")
+        self.output.write_text("")  # what an earlier process said is not this one's
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         self._pid = os.fork()
         if self._pid == 0:

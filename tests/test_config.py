@@ -149,7 +149,7 @@ def test_what_is_no_token_count_is_refused(given: Any) -> None:
             'evaluate.outlier_threshold: got "high"; expected a number above 0 (a scaled norm), or auto',
         ),
         ("tracking", "wandb", False, "tracking.wandb: got false; expected one of disabled, offline or online"),
-        ("compute", "device", "gpu", 'compute.device: got "gpu"; expected auto, cpu, mps, cuda or cuda:N'),
+        ("compute", "device", "gpu", 'compute.device: got "gpu"; expected auto, cpu, cuda or cuda:N'),
         (
             "instruct",
             "template",

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,42 @@ def test_online_without_a_login_goes_on_offline(
         tracker.log_curve("sae", {"tokens": 1, "loss": 2.0})
     assert "no one is logged in" in caplog.text
     assert {"train/sae/loss": 2.0}.items() <= history(records(tmp_path))[0].items()
+
+
+WITH_WANDBS_PROCESS = """
+import logging, os, signal, sys, time
+from pathlib import Path
+from sae_transfer import signals
+from sae_transfer.tracking import open_tracker
+logging.basicConfig(format="%(message)s")
+with signals.installed():
+    try:
+        directory = Path(sys.argv[1])
+        with open_tracker("offline", project="p", entity=None, name="n", config={}, directory=directory) as tracker:
+            tracker.log_curve("a", {"tokens": 1, "loss": 1.0})
+            children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+            (core,) = [pid for pid in children if "wandb" in Path(f"/proc/{pid}/cmdline").read_text()]
+            with signals.deferred():
+                for pid in (core, os.getpid()):
+                    os.kill(int(pid), int(sys.argv[2]) if pid == core else signal.SIGTERM)
+                time.sleep(1)
+                for loss in (2.0, 3.0):
+                    tracker.log_curve("a", {"tokens": loss, "loss": loss})
+    except signals.Stopped as stop:
+        sys.exit(stop.exit_code)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="wandb's process is found below /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_when_wandbs_own_process_ends_first_the_exit_code_is_the_same_and_it_is_said_once(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    # as where a scheduler signals all processes of a job
+    script = [sys.executable, "-c", WITH_WANDBS_PROCESS, tmp_path, str(int(number))]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("it is told no more") == 1
 
 
 def test_disabled_writes_nothing(tmp_path: Path) -> None:

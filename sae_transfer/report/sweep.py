@@ -1,6 +1,6 @@
 """The combined report of a sweep: all rows, tables by pair, frontiers by width and layer, and what is missing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -29,11 +29,12 @@ TOLD_APART = 3
 """Different values of one entry of the cells' manifests that are printed; of more, only how many there are."""
 
 
-def write_sweep_report(directory: Path) -> Path:
+def write_sweep_report(directory: Path, states: Mapping[str, tuple[str, str]] | None = None) -> Path:
     """Write report/{rows,transfer}.csv, report/{tables,figures}/* and report/index.html from what the cells have left.
 
     Args:
         directory: A sweep's directory; cells that are not done, or damaged, are named in the report.
+        states: State and message of each cell, as `sae-transfer status` has them; None where they are not known.
 
     Returns:
         The page.
@@ -41,7 +42,7 @@ def write_sweep_report(directory: Path) -> Path:
     Raises:
         StudyError: There is no list of cells, or the report cannot be written.
     """
-    sweep = read_sweep(directory)
+    sweep = read_sweep(directory, states or {})
     target = directory / "report"
     for name, columns, rows in (
         ("rows", ("section", "sae", "model", *CONTEXT[2:]), [cell.cells.rows for cell in sweep.cells]),

@@ -4,7 +4,7 @@ Nothing that one cell's files hold, or lack, keeps the others from being read.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +18,6 @@ from sae_transfer.report.words import provenance
 
 SAE_KEYS = tuple(f"saes.{key}" for key in ("architecture", "widths", "l1_coefficient", "k", "l0_coefficient", "seeds"))
 """Grid keys that every row tells by itself; cells that differ in these alone lie on common frontiers."""
-
-WORST_FIRST = ("failed", "killed", "timeout", "lost", "running", "submitted", "pending", "done")
 
 
 class ModelPair(NamedTuple):
@@ -60,7 +58,7 @@ class Missing(NamedTuple):
     id: str
     study: str
     state: str
-    """Of the job that tells most; empty where none tells."""
+    """As `sae-transfer status` has it; empty where it is not known."""
 
     message: str
 
@@ -118,11 +116,12 @@ def column(key: str) -> str:
     return f"study.{key}" if key in CONTEXT else key
 
 
-def read_sweep(directory: Path) -> Sweep:
-    """Read cells.json, every cell's cross-evaluation, and the states of jobs for cells that have none.
+def read_sweep(directory: Path, states: Mapping[str, tuple[str, str]]) -> Sweep:
+    """Read cells.json and every cell's cross-evaluation.
 
     Args:
         directory: A sweep's directory.
+        states: State and message of each cell, as far as known.
 
     Returns:
         The cells with results and those without, in the order of cells.json.
@@ -141,7 +140,6 @@ def read_sweep(directory: Path) -> Sweep:
             f"{path}: not the list of a sweep's cells ({type(error).__name__}: {error})",
             "sae-transfer sweep SWEEP --out DIR, which writes it",
         ) from error
-    jobs = _jobs(directory)
     cells, missing = [], []
     for cell_id, study, settings in listed:
         try:
@@ -149,7 +147,9 @@ def read_sweep(directory: Path) -> Sweep:
         # Whatever a damaged cell raises, the report of the others is made.
         except Exception as error:
             damage = str(error).partition("\n")[0] if isinstance(error, StudyError) else f"not readable ({error!r})"
-            missing.append(_missing(cell_id, study, damage.replace(f"{directory}/", ""), jobs))
+            state, message = states.get(cell_id, ("", ""))
+            found = "; ".join(filter(None, (message, damage.replace(f"{directory}/", ""))))
+            missing.append(Missing(cell_id, study, state, found))
     return Sweep([settings for *_, settings in listed], cells, missing)
 
 
@@ -176,27 +176,6 @@ def _joined(one: Cells, other: Cells) -> Cells:
 def _distinct(rows: Iterable[Row]) -> list[Row]:
     ends = ("section", "scale", "outliers", "model", "sae", "transferred", "native", "first", "second")
     return list({tuple(row.get(end) for end in ends): row for row in rows}.values())
-
-
-def _missing(cell_id: str, study: str, damage: str, jobs: Sequence[dict[str, Any]]) -> Missing:
-    def telling(job: dict[str, Any]) -> int:
-        return WORST_FIRST.index(job["state"]) if job["state"] in WORST_FIRST else -1
-
-    job = min((job for job in jobs if cell_id in job["cells"]), key=telling, default={})
-    return Missing(cell_id, study, str(job.get("state", "")), "; ".join(filter(None, (job.get("message"), damage))))
-
-
-def _jobs(directory: Path) -> list[dict[str, Any]]:
-    """The states of all jobs; what tells no state or no cells is passed over."""
-    found = []
-    for path in sorted(directory.glob("jobs/*/state.json")):
-        try:
-            job = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(job, dict) and job.get("state") and isinstance(job.get("cells"), list):
-            found.append(job)
-    return found
 
 
 def _text(value: Any) -> str:

@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 
 def by_hand(sae: TrainingSAE[Any], device: torch.device) -> bool:
     """Whether this SAE has a step here; gated, jumprelu and topk with many active features have SAELens's."""
-    if device.type not in SPARSE_BELOW or sae.cfg.normalize_activations != "none" or sae.dtype != torch.float32:
+    if sae.cfg.normalize_activations != "none" or sae.dtype != torch.float32:
         return False
     if type(sae) is StandardTrainingSAE:
         return sae.cfg.lp_norm == 1

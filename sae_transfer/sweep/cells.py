@@ -91,12 +91,7 @@ def freeze(cells: Sequence[Cell], directory: Path) -> None:
     Raises:
         StudyError: A cell that was asked for before is no more, or is there with other models or data.
     """
-    asked = {cell.id for cell in cells}
-    if dropped := [cell["id"] for cell in read_cells(directory) if cell["id"] not in asked]:
-        raise StudyError(
-            f"{directory}: holds cells that are not, or not so, in the sweep as given now: {', '.join(dropped)}",
-            "the same --set as before if there was one, or another --out DIR; only to gain values keeps the place",
-        )
+    require_all_there(cells, directory)
     paths = {cell.id: cell_directory(directory, cell.id) / "study.yaml" for cell in cells}
     for cell in cells:
         if paths[cell.id].exists():
@@ -107,6 +102,20 @@ def freeze(cells: Sequence[Cell], directory: Path) -> None:
     write_json(
         directory / "cells.json", [{"id": cell.id, "study": cell.of, "settings": cell.settings} for cell in cells]
     )
+
+
+def require_all_there(cells: Sequence[Cell], directory: Path) -> None:
+    """Refuse a sweep that lacks cells that were asked for before.
+
+    Raises:
+        StudyError: It does.
+    """
+    asked = {cell.id for cell in cells}
+    if dropped := [cell["id"] for cell in read_cells(directory) if cell["id"] not in asked]:
+        raise StudyError(
+            f"{directory}: holds cells that are not, or not so, in the sweep as given now: {', '.join(dropped)}",
+            "the same --set as before if there was one, or another --out DIR; only to gain values keeps the place",
+        )
 
 
 def read_cells(directory: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,29 +54,46 @@ class Job:
         return ["train", *studies, "--here", "--model", self.kind.removeprefix("train-")]
 
 
-def plan_jobs(cells: Sequence[Cell], earlier: Sequence[Job] = (), cells_per_job: int | None = None) -> list[Job]:
+def plan_jobs(
+    cells: Sequence[Cell],
+    earlier: Sequence[Job] = (),
+    cells_per_job: int | None = None,
+    live: Collection[str] = (),
+) -> list[Job]:
     """The jobs of a sweep. Those of earlier cells stay as they were; new cells get jobs of their own.
+
+    But where more cells share a stream than now may, and none of their jobs is live, they get smaller ones: what they
+    have done stands in their own directories.
 
     Args:
         cells: All cells asked for.
         earlier: The jobs planned before.
         cells_per_job: How many cells may train on one stream; None: all that can.
+        live: Names of jobs that are submitted or run.
 
     Returns:
         All jobs, each after those it needs; the report last.
     """
-    known = {cell for job in earlier if job.kind != "report" for cell in job.cells}
+    parted = _to_part(earlier, cells_per_job, live) if cells_per_job else set[str]()
+    jobs = [job for job in earlier if job.kind != "report" and not parted.intersection(job.cells)]
+    known = {cell for job in jobs for cell in job.cells}
     groups: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         if cell.id not in known:
             groups[_shared(cell.study)].append(cell)
-    jobs = [job for job in earlier if job.kind != "report"]
     for members in groups.values():
         each = cells_per_job or len(members)
         for start in range(0, len(members), each):
             jobs += _jobs_of(members[start : start + each])
     needs = tuple(job.name for job in jobs if job.kind == "evaluate")
     return [*jobs, Job(REPORT, "report", tuple(cell.id for cell in cells), needs, ())]
+
+
+def _to_part(earlier: Sequence[Job], cells_per_job: int, live: Collection[str]) -> set[str]:
+    """Cells that share a job with too many others, as far as none of their jobs is live."""
+    busy = {cell for job in earlier if job.name in live and job.kind != "report" for cell in job.cells}
+    large = [set(job.cells) for job in earlier if job.kind != "report" and len(job.cells) > cells_per_job]
+    return set[str]().union(*(group for group in large if not group & busy))
 
 
 def write_jobs(jobs: Sequence[Job], directory: Path) -> None:

@@ -15,7 +15,7 @@ from sae_transfer.cost.device import Device
 from sae_transfer.errors import StudyError
 from sae_transfer.study import write_text
 from sae_transfer.sweep import local, queue
-from sae_transfer.sweep.cells import Cell, expand, freeze, read_cells
+from sae_transfer.sweep.cells import Cell, expand, freeze, read_cells, require_all_there
 from sae_transfer.sweep.costs import job_costs
 from sae_transfer.sweep.file import Launcher, SweepFile, load_sweep, read_launcher, sweep_yaml
 from sae_transfer.sweep.jobs import REPORT, Job, plan_jobs, read_jobs, write_jobs
@@ -86,7 +86,10 @@ def describe(path: Path, directory: Path, overrides: Sequence[str], device: Devi
     """
     sweep = load_sweep(path)
     cells = expand(sweep, overrides)
-    jobs = plan_jobs(cells, read_jobs(directory), sweep.launcher.cells_per_job)
+    require_all_there(cells, directory)
+    earlier = read_jobs(directory)
+    live = [job.name for job in earlier if _live(read_record(directory, job.name))]
+    jobs = plan_jobs(cells, earlier, sweep.launcher.cells_per_job, live)
     costs = job_costs(jobs, {cell.id: cell.study for cell in cells}, device, gpu=gpu)
     yield f"{len(cells)} cells, {len(jobs)} jobs, engine {sweep.launcher.engine}, in {directory}"
     for cell in cells:
@@ -124,7 +127,8 @@ def submit_sweep(
         How many jobs were submitted.
 
     Raises:
-        StudyError: Something is wrong with the sweep, a cell or the directory; nothing was submitted.
+        StudyError: Something is wrong with the sweep, a cell or the directory, and nothing was submitted; or SLURM
+            refuses some jobs, and what it took before them was.
         Stopped: Ctrl-C or SIGTERM; jobs that run here have written their checkpoints.
     """
     sweep = load_sweep(path)
@@ -148,9 +152,11 @@ def submit_sweep(
         for name, reason in held.items():
             logger.warning("%s: not submitted: %s", name, reason)
         lock = local.claim(directory) if foreground and chosen and sweep.launcher.engine == "local" else None
+        if sweep.launcher.engine == "local":  # also where nothing is to be done: `wait` reads it
+            local.set_slots(directory, slots or sweep.launcher.slots or local.count_gpus() or 1)
         if chosen:
             _withdraw_report(directory, records)
-            _hand_over(directory, chosen, records, sweep.launcher, slots, foreground)
+            _hand_over(directory, chosen, records, sweep.launcher, foreground)
     live = sum(record.state in LIVE for record in records.values())
     logger.info("%d jobs submitted, %d live already, %d held back", len(chosen), live, len(held))
     if lock is not None:
@@ -166,13 +172,27 @@ def read_status(directory: Path) -> Status:
     """
     _require_sweep(directory)
     jobs = read_jobs(directory)
-    records = _reconciled(directory.absolute(), jobs)
+    try:
+        records = _reconciled(directory.absolute(), jobs)
+    except OSError as error:  # someone else's sweep
+        logger.warning("%s: cannot be written (%s); this is what its files say", directory, error.strerror or error)
+        records = _as_written(directory, jobs)
     ids = [cell["id"] for cell in read_cells(directory)]
     return Status(
         tuple(cell_states(ids, jobs, records, directory)),
         records[REPORT].state,
         any(record.state in LIVE for record in records.values()),
     )
+
+
+def recorded_states(directory: Path) -> dict[str, CellState]:
+    """Where each cell is as the files have it, by id; no engine is asked, as for a report that is a job itself.
+
+    Raises:
+        StudyError: A file is damaged.
+    """
+    jobs, ids = read_jobs(directory), [cell["id"] for cell in read_cells(directory)]
+    return {cell.id: cell for cell in cell_states(ids, jobs, _as_written(directory, jobs), directory)}
 
 
 def wait(directory: Path, every_s: float | None = None) -> Status:
@@ -231,7 +251,9 @@ def cancel_sweep(directory: Path) -> int:
 def _write(sweep: SweepFile, cells: Sequence[Cell], directory: Path) -> list[Job]:
     """The sweep's files: studies, cells, jobs."""
     freeze(cells, directory)
-    jobs = plan_jobs(cells, read_jobs(directory), sweep.launcher.cells_per_job)
+    earlier = read_jobs(directory)
+    live = [name for name, record in _reconciled(directory, earlier).items() if _live(record)]
+    jobs = plan_jobs(cells, earlier, sweep.launcher.cells_per_job, live)
     write_jobs(jobs, directory)
     write_text(directory / SWEEP_FILE, sweep_yaml(sweep))
     return jobs
@@ -242,7 +264,6 @@ def _hand_over(
     jobs: Sequence[Job],
     records: dict[str, Record],
     launcher: Launcher,
-    slots: int | None,
     foreground: bool,
 ) -> None:
     if launcher.engine == "slurm":
@@ -255,7 +276,6 @@ def _hand_over(
             ) from error
         slurm.submit(directory, jobs, records, launcher)
         return
-    local.set_slots(directory, slots or launcher.slots or local.count_gpus() or 1)
     if not foreground:
         # before there are jobs for it: those that nobody supervises are taken back by whoever looks
         local.start_supervisor(directory)
@@ -287,7 +307,7 @@ def _withdraw_report(directory: Path, records: dict[str, Record]) -> None:
 
 def _reconciled(directory: Path, jobs: Sequence[Job]) -> dict[str, Record]:
     """Records of all jobs, corrected by what their engines say, and kept so."""
-    before = {job.name: read_record(directory, job.name) for job in jobs}
+    before = _as_written(directory, jobs)
     # what was killed may be back in SLURM's queue
     asked = {name: record for name, record in before.items() if _live(record) or record.state == "killed"}
     facts = _facts_of_slurm(asked) | local.facts(
@@ -301,6 +321,10 @@ def _reconciled(directory: Path, jobs: Sequence[Job]) -> dict[str, Record]:
     return before | {
         name: update_record(directory, name, lambda record, name=name: correct(record, name)) for name in asked
     }
+
+
+def _as_written(directory: Path, jobs: Sequence[Job]) -> dict[str, Record]:
+    return {job.name: read_record(directory, job.name) for job in jobs}
 
 
 def _facts_of_slurm(records: Mapping[str, Record]) -> dict[str, Fact]:

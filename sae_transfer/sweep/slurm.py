@@ -155,6 +155,9 @@ def submit(directory: Path, jobs: Sequence[Job], records: Mapping[str, Record], 
         jobs: Neither done nor live, each after those it needs.
         records: Of all jobs, by name.
         launcher: What jobs ask for.
+
+    Raises:
+        StudyError: There is no SLURM, or it refuses some; these are pending again, and those before them submitted.
     """
     ids = {name: record.scheduler_id for name, record in records.items() if record.state in LIVE}
     arrays: dict[tuple[bool, tuple[str, ...]], list[Job]] = defaultdict(list)
@@ -163,23 +166,26 @@ def submit(directory: Path, jobs: Sequence[Job], records: Mapping[str, Record], 
     for (is_report, needs), members in arrays.items():
         waits_for = [known for need in needs if (known := ids.get(need))]
         with signals.deferred():  # a job that SLURM has and no file knows could not be cancelled
-            executor = _executor(directory, launcher, waits_for, is_report=is_report)
-            ids |= _submit_array(directory, members, executor, launcher)
+            ids |= _submit_array(directory, members, launcher, waits_for, is_report=is_report)
 
 
 def _submit_array(
-    directory: Path, members: Sequence[Job], executor: AutoExecutor, launcher: Launcher
+    directory: Path, members: Sequence[Job], launcher: Launcher, waits_for: Sequence[str], *, is_report: bool
 ) -> dict[str, str]:
     """Submit jobs as one array; SLURM's ids by name."""
     for job in members:
         update_record(directory, job.name, lambda record, job=job: submitted(record, job, "slurm"))
     try:
+        executor = _executor(directory, launcher, waits_for, is_report=is_report)
         with executor.batch():
             handles = [executor.submit(BatchJob(str(directory), job.name, launcher.signal_delay_s)) for job in members]
     except (RuntimeError, OSError) as error:  # submitit's errors are RuntimeErrors
         for job in members:
             update_record(directory, job.name, lambda record: given_back(record, "not submitted"))
-        raise StudyError(f"SLURM takes no job: {error}", "mend launcher in the sweep file; ask SLURM: sinfo") from error
+        raise StudyError(
+            f"SLURM refuses {', '.join(job.name for job in members)}: {error}",
+            "mend launcher in the sweep file; ask SLURM: sinfo. What it took before these stays submitted",
+        ) from error
     ids = {job.name: handle.job_id for job, handle in zip(members, handles, strict=True)}
     for name, slurm_id in ids.items():
         update_record(directory, name, lambda record, slurm_id=slurm_id: replace(record, scheduler_id=slurm_id))

@@ -324,8 +324,10 @@ def _can_come(
 def _cell_state(cell: str, jobs: Sequence[Job], records: Mapping[str, Record], directory: Path) -> CellState:
     own = [job for job in jobs if job.kind != "report" and cell in job.cells]
     left = [job for job in own if not is_complete(job, cell, records[job.name], directory)]
+    if not own:
+        return CellState(cell, "pending", "", "", "no job is planned for it; the same sweep command plans it")
     if not left:
-        return CellState(cell, "done", "", own[-1].name if own else "", "")
+        return CellState(cell, "done", "", own[-1].name, "")
 
     def rank(job: Job) -> int:
         state = records[job.name].state

@@ -92,7 +92,7 @@ def test_cells_that_differ_in_more_than_their_saes_are_told_apart_and_never_join
     write_sweep_report(tmp_path)
     table = pd.read_csv(tmp_path / TABLES / "cross_eval.csv")
     assert set(table["Setting"]) == {"train.lr 0.0001", "train.lr 0.0003"}
-    assert len(read_sweep(tmp_path).groups()) == 2
+    assert len(read_sweep(tmp_path, {}).groups()) == 2
     assert "differ in train.lr look alike" in Page(tmp_path / "report/index.html").text
 
 
@@ -117,17 +117,7 @@ def test_every_cell_without_results_is_named_with_its_state_and_the_others_are_r
     (cut / "cross_eval/transfer.csv").unlink()
     rows = (nonsense / ROWS).read_text().replace("0.93,", "<b>broken</b>,", 1)
     (nonsense / ROWS).write_text(rows)
-    # Of several jobs of one cell, the one that failed tells why; what is no state file is passed over.
-    for job, state in {
-        "1-train": {"state": "done", "message": "", "cells": [absent.name, cut.name]},
-        "2-train": {"state": "failed", "message": "out of memory", "cells": [absent.name]},
-        "3-evaluate": {"state": "pending", "message": "waits for 2-train", "cells": [absent.name]},
-        "4-evaluate": {"state": "running", "message": None, "cells": [cut.name]},
-    }.items():
-        write_json(tmp_path / f"jobs/{job}/state.json", state)
-    (tmp_path / "jobs/5-odd").mkdir()
-    (tmp_path / "jobs/5-odd/state.json").write_text('{"state": ')
-    write_sweep_report(tmp_path)
+    write_sweep_report(tmp_path, {absent.name: ("failed", "out of memory"), cut.name: ("running", "")})
     missing = pd.read_csv(tmp_path / TABLES / "missing.csv", keep_default_na=False).set_index("Cell")
     assert missing["State"].to_dict() == {
         absent.name: "failed",
@@ -194,7 +184,7 @@ def test_frontiers_have_a_panel_a_pair_and_model_and_join_points_along_sparsity(
     tmp_path: Path, widths: list[int], sparsities: list[float], n_panels: int, n_curves: int
 ) -> None:
     make_sweep(tmp_path, layers=[6, 13, 20][: 2 * len(widths) - 1], widths=widths, sparsities=sparsities)
-    plots = sweep_frontiers(read_sweep(tmp_path).groups())
+    plots = sweep_frontiers(read_sweep(tmp_path, {}).groups())
     assert {plot.name for plot in plots} == NAMES
     for plot in plots:
         assert len(plot.figure.axes) == n_panels

@@ -120,6 +120,21 @@ def test_new_cells_get_jobs_of_their_own_and_earlier_jobs_stay(
     assert plan_jobs(more_cells, more) == more
 
 
+def test_cells_that_share_too_large_a_job_are_parted_once_it_is_not_live(
+    llama_pair: Pair, text_file: Path, tmp_path: Path
+) -> None:
+    cells = cells_of(tmp_path, llama_pair, text_file, {"saes.widths": [[64], [128], [256]]})
+    large = plan_jobs(cells)
+    assert plan_jobs(cells, large, 3) == large
+    for live in large[:-1]:
+        assert plan_jobs(cells, large, 1, [live.name]) == large, "it works on them"
+    parted = plan_jobs(cells, large, 1, ["report"])
+    assert parted == plan_jobs(cells, cells_per_job=1)
+    assert plan_jobs(cells, parted, None) == parted
+    names = {job.name for job in parted}
+    assert all(need in names for job in parted for need in job.needs)
+
+
 def test_a_job_costs_what_a_study_with_all_its_saes_would(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:
     def hours_of(grid: dict[str, list[Any]]) -> dict[str, float]:
         cells = cells_of(tmp_path, llama_pair, text_file, grid, finetune=FINETUNE)

@@ -17,10 +17,10 @@ from filelock import FileLock
 from sae_transfer.cost.device import find_device
 from sae_transfer.errors import StudyError
 from sae_transfer.sweep import child, local
-from sae_transfer.sweep.cells import expand, read_cells
+from sae_transfer.sweep.cells import expand, freeze, read_cells
 from sae_transfer.sweep.file import load_sweep
-from sae_transfer.sweep.jobs import Job, read_jobs, write_jobs
-from sae_transfer.sweep.run import cancel_sweep, describe, read_status, submit_sweep
+from sae_transfer.sweep.jobs import Job, plan_jobs, read_jobs, write_jobs
+from sae_transfer.sweep.run import cancel_sweep, describe, read_status, submit_sweep, wait
 from sae_transfer.sweep.states import Fact, Record, read_record, submitted, update_record
 from tests.disks import full
 from tests.studies import cli, hold, read_rows
@@ -109,8 +109,14 @@ def test_a_job_that_fails_keeps_what_needs_it_from_starting(llama_pair: Pair, tm
     assert records(out)["evaluate"].message.startswith("not started: train-base")
     assert records(out)["report"].state == "done"
     assert "column" in (out / "report" / "index.html").read_text()
+    (missing,) = read_rows(out / "report" / "tables", "missing.csv")
+    assert missing["State"] == "failed" and missing["Message"].startswith(cell.message.partition("\n")[0])
     again = cli("sweep", sweep, "--out", out)
     assert "--retry-failed" in again.stderr and "0 jobs submitted" in again.stderr
+    text.write_text('{"text": "the cat sat on the mat and saw ships"}\n' * 2000)
+    assert submit_sweep(sweep, out, retry_failed=True, foreground=True) == 3
+    assert records(out)["train-base"].attempts == 2
+    assert read_status(out).counts["done"] == 1
 
 
 def test_a_job_waits_for_an_attempt_that_is_ending_and_keeps_its_log_short(
@@ -172,6 +178,62 @@ def test_a_supervisor_that_does_not_start_is_said(
     with pytest.raises(StudyError, match=r"ended at once, with exit code 1\n  try: read .*supervisor.log"):
         submit_sweep(sweep, tmp_path / "out")
     assert {record.state for record in records(tmp_path / "out").values()} == {"pending"}
+
+
+def test_slurm_where_there_is_none_is_refused_and_nothing_is_submitted(
+    llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sweep = write_sweep(tmp_path, llama_pair, text_file, launcher={"engine": "slurm"})
+    with pytest.raises(StudyError, match=r"SLURM refuses train-base-.*srun"):
+        submit_sweep(sweep, tmp_path / "out")
+    assert {record.state for record in records(tmp_path / "out").values()} == {"pending"}
+
+
+def test_a_sweep_that_lacks_cells_it_had_is_refused_before_it_is_described(
+    llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(local, "supervise", lambda _, lock: lock.release())
+    submit_sweep(write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32], [64]]}), out, foreground=True)
+    fewer = write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32]]})
+    with pytest.raises(StudyError, match="holds cells that are not"):
+        list(describe(fewer, out, (), find_device("h100"), gpu=True))
+
+
+def test_waiting_for_a_local_sweep_in_which_nothing_was_left_to_submit(
+    llama_pair: Pair, text_file: Path, tmp_path: Path
+) -> None:
+    sweep = write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32]]})
+    out = tmp_path / "out"
+    cells = expand(load_sweep(sweep))
+    jobs = plan_jobs(cells)
+    (out / local.SWEEP_LOCK).parent.mkdir(parents=True)
+    (out / local.SWEEP_LOCK).touch()
+    freeze(cells, out)
+    write_jobs(jobs, out)
+    for job in jobs:  # as another engine left it
+        state = "done" if job.kind == "report" else "failed"
+        update_record(out, job.name, lambda _, job=job, state=state: Record(state, job.cells, 1, "slurm"))
+    assert submit_sweep(sweep, out) == 0
+    assert wait(out).counts["failed"] == 1
+
+
+def test_the_status_of_a_sweep_that_may_not_be_written_is_what_its_files_say(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = Job("train-base-x", "train-base", ("x",), (), ("train-base",))
+    report = Job("report", "report", ("x",), (), ())
+    write_jobs([job, report], small_disk)
+    (small_disk / "cells.json").write_text('[{"id": "x", "study": "x", "settings": {}}]')
+    (small_disk / "sweep.yaml").write_text("")
+    update_record(small_disk, job.name, lambda record: replace(submitted(record, job, "local"), state="running"))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert [cell.state for cell in read_status(small_disk).cells] == ["running"]
+    assert "cannot be written" in caplog.text
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert [cell.state for cell in read_status(small_disk).cells] == ["killed"]
 
 
 def test_two_sweep_commands_on_one_directory_do_not_meet(llama_pair: Pair, text_file: Path, tmp_path: Path) -> None:

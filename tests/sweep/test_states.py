@@ -260,6 +260,11 @@ def test_a_cell_is_where_its_jobs_are(tmp_path: Path) -> None:
     assert state_of(tmp_path, "b", records(base="failed", eval_a="done"))[0] == "failed", "the cell beside it failed"
 
 
+def test_a_cell_that_no_job_knows_is_not_done(tmp_path: Path) -> None:
+    (found,) = cell_states(["c"], JOBS, records(), tmp_path)
+    assert found.state == "pending" and "the same sweep command" in found.message
+
+
 def test_a_running_cell_shows_the_last_line_of_its_log(tmp_path: Path) -> None:
     place = job_directory(tmp_path, "base")
     place.mkdir(parents=True)
