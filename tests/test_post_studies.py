@@ -19,7 +19,7 @@ from sae_transfer.saes.sources import same_model
 from sae_transfer.study_file import load_study
 from tests.checkpoints import GROUPED, SIZES, words_of
 from tests.hub import COMMIT, make_hub_pair, make_hub_sae
-from tests.studies import cli, read_rows
+from tests.studies import cli_anew, read_rows
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PUBLIC = sorted((CONFIGS / "public").glob("*.yaml"))
@@ -193,7 +193,7 @@ def test_the_models_of_the_post_are_found_in_hf_home(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(variable, raising=False)
-    checked = cli("check", CONFIGS / "qwen1.5-0.5b.yaml")
+    checked = cli_anew("check", CONFIGS / "qwen1.5-0.5b.yaml")
     assert checked.returncode == 0, checked.stderr
     assert "eos_token: base '<|endoftext|>', chat '<|im_end|>'" in checked.stdout
 

@@ -60,6 +60,8 @@ def test_a_sweep_runs_to_its_report_and_is_done_then(llama_pair: Pair, text_file
     assert str(out / "report" / "index.html") in done.stdout
     shown = json.loads(cli("status", out, "--json").stdout)
     assert shown["counts"] == {**dict.fromkeys(shown["counts"], 0), "done": 2}
+    watched = cli("status", out, "--watch")
+    assert watched.returncode == 0 and "2 done" in watched.stdout
     assert list(shown["counts"]) == "pending submitted running done failed killed timeout lost".split()
     assert {*shown["cells"][0]} == {"id", "state", "stage", "job", "message"}
     assert len(read_rows(out / "report", "rows.csv")) == sum(len(read_rows(cell)) for cell in out.glob("cells/*")) > 0
