@@ -239,7 +239,7 @@ def test_what_fails_or_runs_out_of_time_stops_nothing_else_and_is_told_apart(tmp
     (again,) = of_kind(endless, "train").values()
     assert again.attempts == 1
     (log,) = (endless.parent / "out" / "jobs").glob("train-*/log.txt")
-    assert log.read_text().count("stopped by SIGTERM") == 2, "it went back into the queue once"
+    assert log.read_text().count("stopped by SIGUSR2") == 2, "it went back into the queue once"
 
     # What ran out of time is tried again without being asked, here with more of it; a cancelled attempt does not count.
     write_sweep(endless.parent, {"train.models": [["base"]]})
