@@ -242,12 +242,12 @@ def report(
     """
     from sae_transfer.report.page import write_report
     from sae_transfer.report.weight_figures import write_weights_of
-    from sae_transfer.sweep.run import is_sweep, recorded_states
+    from sae_transfer.sweep.run import cells_for_report, is_sweep
 
     if is_sweep(config):
         from sae_transfer.report.sweep import write_sweep_report
 
-        states = {cell.id: (cell.state, cell.message) for cell in recorded_states(config).values()}
+        states = {cell.id: (cell.state, cell.message) for cell in cells_for_report(config)}
         typer.echo(write_sweep_report(config, states))
         return
     root = _root(_study(config, set_, None), out, config if here else None)

@@ -60,17 +60,20 @@ class WandbTracker:
         self._tell(lambda: self._log_results(run, saes))
 
     def finish(self) -> None:
-        """End the wandb run."""
-        self._tell(self._run.finish)
+        """End the wandb run, also one that refused something."""
+        self._try(self._run.finish)
 
     def _tell(self, tell: Callable[[], None]) -> None:
-        if self._has_refused:
-            return
+        if not self._has_refused:
+            self._try(tell)
+
+    def _try(self, do: Callable[[], None]) -> None:
         try:
-            tell()
+            do()
         except Exception as error:  # wandb's errors are many, and none of them may stop a study
+            if not self._has_refused:
+                logger.warning("wandb: %s (%s); it is told no more, every file is here", type(error).__name__, error)
             self._has_refused = True
-            logger.warning("wandb: %s (%s); it is told no more, every file is here", type(error).__name__, error)
 
     def _log_curve(self, sae: str, entry: Mapping[str, float | None]) -> None:
         axis = f"train/{sae}/tokens"
@@ -159,7 +162,12 @@ def open_tracker(
         run = start(mode)
     except Exception as error:
         logger.warning("wandb: %s (%s); going on offline, `wandb sync` sends it later", type(error).__name__, error)
-        run = start("offline")
+        try:
+            run = start("offline")
+        except Exception as error:
+            logger.warning("wandb: %s (%s); going on without it", type(error).__name__, error)
+            yield NoTracker()
+            return
     tracker = WandbTracker(run)
     try:
         yield tracker

@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench_scaling.py
 
-About a quarter of an hour. Each point is one stage of a small study over random models, in a process of its own on one core.
+A quarter of an hour. Each point is one stage of a small study over random models, in a process of its own on one core.
 Writes scaling.json, scaling.png and scaling.svg into results/benchmarks/.
 """
 
@@ -26,7 +26,7 @@ from sae_transfer.study_file import load_study
 GIB = 2**30
 COLOURS = {"training": BLUE, "evaluation": VERMILLION}
 # A wide residual stream through thin layers: a block of the stream is full after 131,072 tokens, and few are enough to
-# see whether memory grows beyond it. So thin products run far below a core's rate: `check` predicts half the time here.
+# see whether memory grows beyond it. So thin products run below a core's rate: `check` predicts too little time here.
 WIDE_STREAM = {
     "hidden_size": 4096,
     "intermediate_size": 64,
@@ -119,7 +119,7 @@ def draw(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], machine_name: s
             panels[1][column].set_xlabel(axis)
         plain_log(panels[0][0], "y")
         for panel in panels[1]:
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
         panels[0][0].set_ylabel("CPU seconds")
         panels[1][0].set_ylabel("Peak memory, GiB")
         legend_below(figure, handles)

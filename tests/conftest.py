@@ -7,6 +7,8 @@ from collections.abc import Iterator
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# sae_lens asks for a GPU when it is imported; asked in the other way, CUDA could not be used in forks
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 from pathlib import Path
 

@@ -58,23 +58,26 @@ def plan_jobs(
     cells: Sequence[Cell],
     earlier: Sequence[Job] = (),
     cells_per_job: int | None = None,
+    *,
     live: Collection[str] = (),
+    done: Collection[str] = (),
 ) -> list[Job]:
     """The jobs of a sweep. Those of earlier cells stay as they were; new cells get jobs of their own.
 
-    But where more cells share a stream than now may, and none of their jobs is live, they get smaller ones: what they
-    have done stands in their own directories.
+    But where more cells share a stream than now may, and their training is neither done nor live, they get smaller
+    jobs: what they have done stands in their own directories.
 
     Args:
         cells: All cells asked for.
         earlier: The jobs planned before.
         cells_per_job: How many cells may train on one stream; None: all that can.
         live: Names of jobs that are submitted or run.
+        done: Names of jobs that are done.
 
     Returns:
         All jobs, each after those it needs; the report last.
     """
-    parted = _to_part(earlier, cells_per_job, live) if cells_per_job else set[str]()
+    parted = _to_part(earlier, cells_per_job, live, done) if cells_per_job else set[str]()
     jobs = [job for job in earlier if job.kind != "report" and not parted.intersection(job.cells)]
     known = {cell for job in jobs for cell in job.cells}
     groups: dict[str, list[Cell]] = defaultdict(list)
@@ -89,11 +92,16 @@ def plan_jobs(
     return [*jobs, Job(REPORT, "report", tuple(cell.id for cell in cells), needs, ())]
 
 
-def _to_part(earlier: Sequence[Job], cells_per_job: int, live: Collection[str]) -> set[str]:
-    """Cells that share a job with too many others, as far as none of their jobs is live."""
+def takes_over(job: Job, earlier: Sequence[Job]) -> Job | None:
+    """The larger job of before whose cells a job has a part of; None where it has none."""
+    return next((old for old in earlier if old.kind == job.kind and set(job.cells) < set(old.cells)), None)
+
+
+def _to_part(earlier: Sequence[Job], cells_per_job: int, live: Collection[str], done: Collection[str]) -> set[str]:
+    """Cells that train with too many others: of groups that have a job which is not done, and none that is live."""
     busy = {cell for job in earlier if job.name in live and job.kind != "report" for cell in job.cells}
-    large = [set(job.cells) for job in earlier if job.kind != "report" and len(job.cells) > cells_per_job]
-    return set[str]().union(*(group for group in large if not group & busy))
+    large = [job for job in earlier if job.kind != "report" and len(job.cells) > cells_per_job]
+    return {cell for job in large if job.name not in done and not busy.intersection(job.cells) for cell in job.cells}
 
 
 def write_jobs(jobs: Sequence[Job], directory: Path) -> None:

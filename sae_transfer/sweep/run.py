@@ -12,13 +12,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sae_transfer.cost.device import Device
-from sae_transfer.errors import StudyError
+from sae_transfer.errors import StudyError, first_line
 from sae_transfer.study import write_text
 from sae_transfer.sweep import local, queue
 from sae_transfer.sweep.cells import Cell, expand, freeze, read_cells, require_all_there
 from sae_transfer.sweep.costs import job_costs
 from sae_transfer.sweep.file import Launcher, SweepFile, load_sweep, read_launcher, sweep_yaml
-from sae_transfer.sweep.jobs import REPORT, Job, plan_jobs, read_jobs, write_jobs
+from sae_transfer.sweep.jobs import REPORT, Job, plan_jobs, read_jobs, takes_over, write_jobs
 from sae_transfer.sweep.states import (
     LIVE,
     STATES,
@@ -87,9 +87,7 @@ def describe(path: Path, directory: Path, overrides: Sequence[str], device: Devi
     sweep = load_sweep(path)
     cells = expand(sweep, overrides)
     require_all_there(cells, directory)
-    earlier = read_jobs(directory)
-    live = [job.name for job in earlier if _live(read_record(directory, job.name))]
-    jobs = plan_jobs(cells, earlier, sweep.launcher.cells_per_job, live)
+    jobs, records = _planned(sweep, cells, directory)
     costs = job_costs(jobs, {cell.id: cell.study for cell in cells}, device, gpu=gpu)
     yield f"{len(cells)} cells, {len(jobs)} jobs, engine {sweep.launcher.engine}, in {directory}"
     for cell in cells:
@@ -97,7 +95,7 @@ def describe(path: Path, directory: Path, overrides: Sequence[str], device: Devi
     for job in jobs:
         cost = costs.get(job.name)
         words = f"{cost.memory_gib:,.2f} GiB on the device, about {_duration(cost.hours)}" if cost else "seconds"
-        state = read_record(directory, job.name).state
+        state = records[job.name].state
         cells_of = f"{len(job.cells)} cell{'s'[: len(job.cells) != 1]}"
         yield f"job   {job.name}: {cells_of}, {words}{'' if state == 'pending' else f'; {state} already'}"
     total = sum(cost.hours for cost in costs.values())
@@ -185,14 +183,13 @@ def read_status(directory: Path) -> Status:
     )
 
 
-def recorded_states(directory: Path) -> dict[str, CellState]:
-    """Where each cell is as the files have it, by id; no engine is asked, as for a report that is a job itself.
-
-    Raises:
-        StudyError: A file is damaged.
-    """
-    jobs, ids = read_jobs(directory), [cell["id"] for cell in read_cells(directory)]
-    return {cell.id: cell for cell in cell_states(ids, jobs, _as_written(directory, jobs), directory)}
+def cells_for_report(directory: Path) -> list[CellState]:
+    """Where each cell is; none, with a warning, where that cannot be said: the report of the others is made."""
+    try:
+        return list(read_status(directory).cells)
+    except (StudyError, OSError, ValueError, KeyError, TypeError) as error:  # no answer, or damaged files
+        logger.warning("where the cells without results are is not known: %s", first_line(error))
+        return []
 
 
 def wait(directory: Path, every_s: float | None = None) -> Status:
@@ -251,12 +248,32 @@ def cancel_sweep(directory: Path) -> int:
 def _write(sweep: SweepFile, cells: Sequence[Cell], directory: Path) -> list[Job]:
     """The sweep's files: studies, cells, jobs."""
     freeze(cells, directory)
-    earlier = read_jobs(directory)
-    live = [name for name, record in _reconciled(directory, earlier).items() if _live(record)]
-    jobs = plan_jobs(cells, earlier, sweep.launcher.cells_per_job, live)
+    jobs, records = _planned(sweep, cells, directory)
+    for name, record in records.items():
+        if record != Record():
+            update_record(directory, name, lambda before, record=record: record if before == Record() else before)
     write_jobs(jobs, directory)
     write_text(directory / SWEEP_FILE, sweep_yaml(sweep))
     return jobs
+
+
+def _planned(sweep: SweepFile, cells: Sequence[Cell], directory: Path) -> tuple[list[Job], dict[str, Record]]:
+    """The jobs, and their records, corrected by what their engines say; nothing is written."""
+    earlier = read_jobs(directory)
+    known = _corrected(directory, _as_written(directory, earlier))
+    live = [name for name, record in known.items() if _live(record)]
+    done = [name for name, record in known.items() if record.state == "done"]
+    jobs = plan_jobs(cells, earlier, sweep.launcher.cells_per_job, live=live, done=done)
+    for job in jobs:
+        if job.name not in known:
+            old = takes_over(job, earlier)
+            known[job.name] = _taken_over(known[old.name], job) if old else Record()
+    return jobs, {job.name: known[job.name] for job in jobs}
+
+
+def _taken_over(record: Record, job: Job) -> Record:
+    """What a smaller job has of the larger one before it: state and attempts, but nothing that a scheduler knows."""
+    return replace(record, cells=job.cells, scheduler_id=None, host=None, pid=None)
 
 
 def _hand_over(
@@ -308,19 +325,26 @@ def _withdraw_report(directory: Path, records: dict[str, Record]) -> None:
 def _reconciled(directory: Path, jobs: Sequence[Job]) -> dict[str, Record]:
     """Records of all jobs, corrected by what their engines say, and kept so."""
     before = _as_written(directory, jobs)
-    # what was killed may be back in SLURM's queue
-    asked = {name: record for name, record in before.items() if _live(record) or record.state == "killed"}
-    facts = _facts_of_slurm(asked) | local.facts(
-        directory, {name: record for name, record in asked.items() if record.engine == "local" and _live(record)}
-    )
+    corrected = _corrected(directory, before)
 
     def correct(record: Record, name: str) -> Record:
         # a job that wrote its state since then knows better
-        return reconcile(record, facts.get(name)) if record == before[name] else record
+        return corrected[name] if record == before[name] else record
 
     return before | {
-        name: update_record(directory, name, lambda record, name=name: correct(record, name)) for name in asked
+        name: update_record(directory, name, lambda record, name=name: correct(record, name))
+        for name, record in before.items()
+        if _is_asked_after(record)
     }
+
+
+def _corrected(directory: Path, before: Mapping[str, Record]) -> dict[str, Record]:
+    """Records corrected by what their engines say."""
+    asked = {name: record for name, record in before.items() if _is_asked_after(record)}
+    facts = _facts_of_slurm(asked) | local.facts(
+        directory, {name: record for name, record in asked.items() if record.engine == "local" and _live(record)}
+    )
+    return {**before, **{name: reconcile(record, facts.get(name)) for name, record in asked.items()}}
 
 
 def _as_written(directory: Path, jobs: Sequence[Job]) -> dict[str, Record]:
@@ -343,6 +367,10 @@ def _duration(hours: float) -> str:
         if hours * each >= 1:
             return f"{hours * each:,.1f} {unit}"
     return f"{hours * 3600:.1f} s"
+
+
+def _is_asked_after(record: Record) -> bool:
+    return _live(record) or record.state == "killed"  # which may be back in SLURM's queue
 
 
 def _live(record: Record) -> bool:

@@ -69,7 +69,9 @@ class BatchJob:
     def __call__(self) -> None:
         """Run the job as a child process and write what became of it."""
         directory = Path(self.directory)
-        job = next(job for job in read_jobs(directory) if job.name == self.job)
+        job = next((job for job in read_jobs(directory) if job.name == self.job), None)
+        if job is None:
+            return  # its cells have smaller jobs since
         slurm_id = SlurmJobEnvironment().job_id
         with _deferred():
             before = read_record(directory, self.job)

@@ -127,8 +127,10 @@ def test_cells_that_share_too_large_a_job_are_parted_once_it_is_not_live(
     large = plan_jobs(cells)
     assert plan_jobs(cells, large, 3) == large
     for live in large[:-1]:
-        assert plan_jobs(cells, large, 1, [live.name]) == large, "it works on them"
-    parted = plan_jobs(cells, large, 1, ["report"])
+        assert plan_jobs(cells, large, 1, live=[live.name]) == large, "it works on them"
+    trained = [job.name for job in large if job.kind.startswith("train")]
+    assert plan_jobs(cells, large, 1, done=trained) == large
+    parted = plan_jobs(cells, large, 1, live=["report"], done=trained[:1])
     assert parted == plan_jobs(cells, cells_per_job=1)
     assert plan_jobs(cells, parted, None) == parted
     names = {job.name for job in parted}

@@ -24,7 +24,7 @@ from sae_transfer.sweep.run import cancel_sweep, describe, read_status, submit_s
 from sae_transfer.sweep.states import Fact, Record, read_record, submitted, update_record
 from tests.disks import full
 from tests.studies import cli, hold, read_rows
-from tests.sweep.sweeps import write_sweep
+from tests.sweep.sweeps import CPU, write_sweep
 
 Pair = tuple[Path, Path]
 BASE_ONLY = {"tokens": 4096, "batch_size": 64, "lr": 1e-3, "scale_tokens": 2048, "models": ["base"]}
@@ -67,6 +67,11 @@ def test_a_sweep_runs_to_its_report_and_is_done_then(llama_pair: Pair, text_file
     assert len(read_rows(out / "report", "rows.csv")) == sum(len(read_rows(cell)) for cell in out.glob("cells/*")) > 0
     assert len(list(out.glob("cells/*/saes/base-*/sae_weights.safetensors"))) == 2
     assert submit_sweep(sweep, out) == 0
+
+    # The combined report is made also where it cannot be said what became of a job.
+    (out / "jobs" / "report" / "state.json").write_text('{"state": ')
+    again = cli("report", out)
+    assert again.returncode == 0 and "is not known" in again.stderr
 
 
 @pytest.mark.slow
@@ -202,6 +207,25 @@ def test_a_sweep_that_lacks_cells_it_had_is_refused_before_it_is_described(
     fewer = write_sweep(tmp_path, llama_pair, text_file, {"saes.widths": [[32]]})
     with pytest.raises(StudyError, match="holds cells that are not"):
         list(describe(fewer, out, (), find_device("h100"), gpu=True))
+
+
+def test_smaller_jobs_take_over_what_is_known_of_the_larger_one(
+    llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "supervise", lambda _, lock: lock.release())
+    out, grid = tmp_path / "out", {"saes.widths": [[32], [64]]}
+    assert submit_sweep(write_sweep(tmp_path, llama_pair, text_file, grid, train=BASE_ONLY), out, foreground=True) == 4
+    for job in read_jobs(out):
+        known = Record("failed", job.cells, 3, "local", message="blew up") if job.kind == "train-base" else Record()
+        update_record(out, job.name, lambda _, known=known: known)
+    smaller = write_sweep(tmp_path, llama_pair, text_file, grid, {**CPU, "cells_per_job": 1}, train=BASE_ONLY)
+    shown = list(describe(smaller, out, (), find_device("h100"), gpu=True))
+    assert sum("train-base" in line and "1 cell, " in line and "failed already" in line for line in shown) == 2
+    assert submit_sweep(smaller, out, foreground=True) == 1, "the report; what failed is held back as before"
+    trainings = [read_record(out, job.name) for job in read_jobs(out) if job.kind == "train-base"]
+    assert [(record.state, record.attempts, len(record.cells)) for record in trainings] == 2 * [("failed", 3, 1)]
+    assert {cell.message for cell in read_status(out).cells} == {"blew up"}
+    assert submit_sweep(smaller, out, retry_failed=True, foreground=True) == 5
 
 
 def test_waiting_for_a_local_sweep_in_which_nothing_was_left_to_submit(
