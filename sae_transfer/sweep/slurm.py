@@ -73,17 +73,21 @@ class BatchJob:
         if job is None:
             return  # its cells have smaller jobs since
         slurm_id = SlurmJobEnvironment().job_id
-        with _deferred():
-            before = read_record(directory, self.job)
-            if before.state == "pending" or before.scheduler_id not in (None, slurm_id):
-                return  # it was taken back, or another submission of it goes ahead
-            update_record(directory, self.job, lambda record: replace(record, scheduler_id=slurm_id))
-            self._child = child = start(directory, job, {"OMP_NUM_THREADS": os.environ.get("SLURM_CPUS_PER_TASK", "1")})
-        if child is None:
-            return
-        # scancel, and preemption where SLURM sends no other signal first
-        signal.signal(signal.SIGTERM, lambda *_: self._stop())
+        # submitit logs SIGCONT, which SLURM sends just before the signal of a time limit: what that one raises would be
+        # raised in the logging, and end there
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
         try:
+            with _deferred():
+                before = read_record(directory, self.job)
+                if before.state == "pending" or before.scheduler_id not in (None, slurm_id):
+                    return  # it was taken back, or another submission of it goes ahead
+                update_record(directory, self.job, lambda record: replace(record, scheduler_id=slurm_id))
+                threads = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+                self._child = child = start(directory, job, {"OMP_NUM_THREADS": threads})
+            if child is None:
+                return
+            # scancel, and preemption where SLURM sends no other signal first
+            signal.signal(signal.SIGTERM, lambda *_: self._stop())
             while child.exit_code() is None:
                 child.tend()
                 time.sleep(POLL_S)

@@ -16,7 +16,7 @@ REPORT = Job("report", "report", (), (), ())
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in slurm.SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*slurm.SIGNALS, signal.SIGCONT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -67,6 +67,32 @@ def test_a_second_signal_does_not_interrupt_the_way_back_into_the_queue(
     signal.raise_signal(signal.SIGUSR2)
     assert asked == [1]
     assert read_record(tmp_path, "report").message.startswith("preempted")
+
+
+def test_a_time_limit_that_comes_while_a_job_starts_is_written_and_nothing_logs_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jobs([REPORT], tmp_path)
+    update_record(tmp_path, "report", lambda record: submitted(record, REPORT, "slurm"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def out_of_time(*_: object) -> None:
+        raise slurm.UncompletedJobError("timed-out too many times.")
+
+    signal.signal(signal.SIGUSR2, out_of_time)
+    signal.signal(signal.SIGCONT, lambda *_: None)
+    seen: list[object] = []
+
+    def start(*_: object) -> None:
+        seen.append(signal.getsignal(signal.SIGCONT))
+        signal.raise_signal(signal.SIGUSR2)
+
+    monkeypatch.setattr(slurm, "start", start)
+    with pytest.raises(slurm.UncompletedJobError):
+        slurm.BatchJob(str(tmp_path), "report", 90)()
+    after = read_record(tmp_path, "report")
+    assert after.state == "timeout" and "too many times" in after.message
+    assert seen == [signal.SIG_DFL]
 
 
 @pytest.mark.parametrize(
