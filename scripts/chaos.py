@@ -32,6 +32,7 @@ from rich.table import Table
 # Imported once, here: a run is then a fork of this process and starts at once, instead of after ten seconds.
 import sae_transfer.pipeline  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from sae_transfer import cli
+from sae_transfer.signals import STOPPING
 
 STUDY = {
     "pair": {"base": "demo:base", "chat": "demo:chat"},
@@ -65,7 +66,6 @@ PLACES = {
     "report/": "report",
 }
 SIGNALS = [signal.SIGKILL] * 7 + [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT]
-HELD = {signal.SIGTERM, signal.SIGUSR2, signal.SIGINT}
 EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGUSR2: 75, signal.SIGINT: 130}
 DAMAGED = 0.5  # of the deaths in training
 POLL_S, LIMIT_S = 0.01, 600
@@ -91,12 +91,12 @@ class Run:
         self._root = root
         self.output = root.with_suffix(".out")
         self.output.write_text("")  # what an earlier process said is not this one's
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         self._pid = os.fork()
         if self._pid == 0:
-            for number in HELD:  # until the command has handlers of its own, when nothing has begun
+            for number in STOPPING:  # until the command has handlers of its own, when nothing has begun
                 signal.signal(number, lambda number, _: os._exit(EXIT_CODES[signal.Signals(number)]))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
             with self.output.open("w") as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
@@ -111,7 +111,7 @@ class Run:
                 traceback.print_exc()
             finally:
                 os._exit(code)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def wait(self, until: str | None = None) -> int | None:
         """Wait for the end, whose exit code comes back; or until a stage is at work, which gives None."""

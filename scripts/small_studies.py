@@ -113,10 +113,10 @@ def make_study(directory: Path, sizes: Mapping[str, int], keys: Mapping[str, Any
     return path
 
 
-def start_up(stages: Iterable[str], repeats: int = 3) -> dict[str, float]:
-    """CPU seconds of each stage, a key of `VERBS`, with next to nothing to do, median: most of it imports."""
+def start_up(stages: Iterable[str]) -> dict[str, float]:
+    """CPU seconds of each stage, a key of `VERBS`, with next to nothing to do, median of three: most of it imports."""
     taken: dict[str, list[float]] = {stage: [] for stage in stages}
-    for _ in range(repeats):
+    for _ in range(3):
         with tempfile.TemporaryDirectory() as directory:
             path = make_study(Path(directory), TINY, NOTHING)
             for stage, seconds_of in taken.items():
