@@ -366,6 +366,7 @@ def status(
         if not watch or not found.is_live:
             return
         time.sleep(WATCH_EVERY_S)
+        signals.check()
 
 
 @app.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sae_transfer import signals
 from sae_transfer.config import SIDES, Study
 from sae_transfer.errors import StudyError, first_line, is_out_of_memory
 from sae_transfer.models.pair import fingerprint, resolve_pair
@@ -58,6 +59,7 @@ def run_stages(
     with _opened(study, root, SIDES, force=force, redo=redo, retry_lr=retry_lr) as context:
         for stage in stages:
             _WORK[stage](context)
+            signals.check()
 
 
 def train_together(

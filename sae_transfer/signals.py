@@ -1,5 +1,7 @@
 """Asked to stop (SIGTERM, SIGUSR2, Ctrl-C): at once where every file is written whole, between two steps in training.
 
+A handler runs wherever Python happens to be. What it raises is lost where that is a `__del__` or a callback of a weak
+reference, so it also notes that it was asked, and everything that takes long calls `check` between its units of work.
 The handlers are installed by the command line; without them nothing here does anything.
 """
 
@@ -10,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130
@@ -37,7 +39,6 @@ class Stopped(BaseException):
 class _State:
     asked: int | None = None  # the first signal that asked
     n_deferring: int = 0  # blocks that have put it off
-    told: set[int] = field(default_factory=set)  # threads in which it was raised
     n_interrupts: int = 0
 
 
@@ -51,9 +52,17 @@ def installed() -> Iterator[None]:
     global _state
     _state = _State()
     before = {number: signal.signal(number, _handle) for number in STOPPING}
+    hook = sys.unraisablehook
+
+    def say(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(unraisable.exc_type, Stopped):  # that is raised again by the next check
+            hook(unraisable)
+
+    sys.unraisablehook = say
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
         _state = _State()
@@ -73,10 +82,8 @@ def deferred() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise `Stopped`, once in a thread, if the process was asked to stop."""
-    thread = threading.get_ident()
-    if _state.asked is not None and thread not in _state.told:
-        _state.told.add(thread)
+    """Raise `Stopped` if the process was asked to stop; not for what cleans up after it."""
+    if _state.asked is not None:
         raise Stopped(_state.asked)
 
 
@@ -104,5 +111,5 @@ def _handle(number: int, frame: FrameType | None) -> None:
             raise KeyboardInterrupt
     if _state.asked is None:
         _state.asked = number
-    if not _state.n_deferring:
-        check()
+        if not _state.n_deferring:  # only the first: a later one would stop what cleans up after it
+            check()

@@ -70,6 +70,7 @@ EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGUSR2: 75, signal
 DAMAGED = 0.5  # of the deaths in training
 POLL_S, LIMIT_S = 0.01, 600
 LONGEST_S = 3.0  # from the start of a stage to its kill
+OVER_WITHIN_S = 0.1  # of a signal: a run that ends well later than that has not heeded it
 
 
 @dataclass
@@ -248,15 +249,18 @@ def one_round(
 ) -> str | None:
     """One kill, aimed at a stage; gives the stage that it hit, None if the run was over before."""
     before, saved = records(root), checkpointed(root)
-    run = Run(study, root)
+    run, at = Run(study, root), target
     code = run.wait(target)
     number, delay = rng.choice(SIGNALS), rng.random() * min(lasts, longest)
     if code is None:
         time.sleep(delay)
+        at, sent = stage_of(root), time.monotonic()
         code = run.kill(number)
-    if code == 0:
-        return None  # it was over before
-    stage = stage_of(root)
+        if code == 0 and at == STAGES[-1] and time.monotonic() - sent < OVER_WITHIN_S:
+            return None  # it was over when the signal came
+    elif code == 0:
+        return None  # it was over before its time had come
+    stage = at if code == 0 else stage_of(root)
     count = counts[stage]
     count.kills += 1
     said = run.output.read_text()

@@ -74,6 +74,40 @@ def test_what_is_cleaned_up_after_a_stop_is_not_stopped_again() -> None:
     assert cleaned
 
 
+class Dying:
+    """Is asked to stop where Python lets no exception out."""
+
+    def __del__(self) -> None:
+        ask(signal.SIGTERM)
+
+
+def test_a_stop_that_was_lost_in_a_destructor_is_raised_by_every_later_check(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    passed = []
+    with signals.installed():
+        Dying()
+        passed.append("went on")
+        for _ in range(2):
+            with pytest.raises(signals.Stopped, match="SIGTERM"):
+                signals.check()
+    assert passed and not capsys.readouterr().err  # it was not lost, so nothing is said of it
+
+
+def test_other_errors_of_destructors_are_shown_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing:
+        def __del__(self) -> None:
+            raise ValueError("not closed")
+
+    hook, sys.unraisablehook = sys.unraisablehook, sys.__unraisablehook__  # pytest has its own
+    try:
+        with signals.installed():
+            Failing()
+    finally:
+        sys.unraisablehook = hook
+    assert "ValueError: not closed" in capsys.readouterr().err
+
+
 def test_handlers_are_those_of_before_afterwards() -> None:
     before = [signal.getsignal(number) for number in signals.STOPPING]
     with signals.installed():

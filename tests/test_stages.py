@@ -1,7 +1,10 @@
 """The stages beyond the main table, on a random pair: what they write, and that their numbers are right."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sae_transfer import signals
 from sae_transfer.errors import StudyError
 from sae_transfer.models import conversations
 from sae_transfer.models.chat import read_rollouts, section_positions
@@ -22,6 +26,7 @@ from tests.checkpoints import words_of
 from tests.saes.saes import ARCHITECTURES, SPARSITY, random_training_sae
 from tests.studies import read_rows, write_study
 
+FIRST_RECORD = {"train": "train-base", "instruct": "rollouts"}  # of a stage's several
 INSTRUCTIONS = [{"instruction": f"the cat sat on {n} red ships", "input": "", "output": "so"} for n in range(40)]
 
 
@@ -55,6 +60,29 @@ def chat_acts(finished: Path, chat: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(chat)
     with torch.no_grad():
         return scale * model(tokens, output_hidden_states=True).hidden_states[1].flatten(0, 1)
+
+
+class Dying:
+    """Gets a signal in its destructor, where what the handler raises is lost."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)  # Python runs handlers between two of its instructions
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_is_finished_after_a_signal_whose_exception_was_lost(
+    stage: str, study_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    record = run / "stages" / f"{FIRST_RECORD.get(stage, stage)}.json"
+    assert record.exists() or stage == "report"
+    with signals.installed():
+        Dying()
+        with pytest.raises(signals.Stopped):
+            run_stages(load_study(study_file), run, (stage,), force=True)
+    assert not record.exists()
 
 
 def row_of(finished: Path, sae: str, model: str, outliers: str = "kept") -> dict[str, str]:

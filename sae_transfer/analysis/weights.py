@@ -17,6 +17,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from sae_transfer import signals
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import Checkpoint
 from sae_transfer.progress import Meter
@@ -148,6 +149,7 @@ def compare_weights(base: Checkpoint, chat: Checkpoint, *, progress: Callable[[i
             rows += _compare_one(name, ours[name], theirs[name], base.config)
             done += int(np.prod(ours[name].shape))
             progress(done, total)
+            signals.check()
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_transfer import signals
 from sae_transfer.errors import StudyError
 from sae_transfer.study import replacing
 
@@ -257,6 +258,7 @@ def generate_rollouts(
             end = next((at for at, id_ in enumerate(answer) if id_ in end_ids), None)
             rollouts.append(_rollout(tokenizer, prompt, row, answer[:end], finished=end is not None))
         progress(len(rollouts))
+        signals.check()
     return rollouts
 
 

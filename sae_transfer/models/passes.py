@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sae_transfer import signals
 from sae_transfer.errors import StudyError, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def in_passes(
         if failure is None:
             done = stop
             progress(done)
+            signals.check()
         elif is_halved:
             raise StudyError(
                 f"out of memory, also after halving: {failure}",

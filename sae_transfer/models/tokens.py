@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_transfer import signals
 from sae_transfer.errors import StudyError
 from sae_transfer.models.documents import (
     Document,
@@ -413,6 +414,7 @@ class _GrowingRows:
                         state = _State(state.n_rows + len(rows), state.n_documents + n_documents, left, batch.end)
                         if progress is not None:
                             progress(state.n_rows, n_rows)
+                        signals.check()
                         if state.n_rows == n_rows:
                             break
                         if time.monotonic() - saved_at >= _SAVE_EVERY_S:

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sae_transfer import signals
 from sae_transfer.cost.device import Device
 from sae_transfer.errors import StudyError, first_line
 from sae_transfer.study import write_text
@@ -219,6 +220,7 @@ def wait(directory: Path, every_s: float | None = None) -> Status:
         if not status.is_live:
             return status
         time.sleep(every_s or POLL_S[launcher.engine])
+        signals.check()
 
 
 def cancel_sweep(directory: Path) -> int:
