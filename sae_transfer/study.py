@@ -401,8 +401,9 @@ def _git_state() -> dict[str, Any] | None:
     """Commit and cleanliness of the package's own checkout, None when it is not run from one."""
 
     def git(*arguments: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout
+        # without locks: `status` would refresh the index of a checkout that is not ours, and leave its lock when killed
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     try:
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}

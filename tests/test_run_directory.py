@@ -1,6 +1,9 @@
 """A run directory that two processes use, or one after the other."""
 
+import json
 import logging
+import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,6 +16,8 @@ from sae_transfer.study import PATIENCE_VARIABLE, RunDirectory
 from tests.studies import hold
 
 logger = logging.getLogger("sae_transfer")
+
+NAMED = ["-c", "user.name=someone", "-c", "user.email=someone@example.org"]
 
 
 def test_who_is_told_to_be_patient_waits_for_the_process_before_it(
@@ -54,3 +59,19 @@ def test_two_writers_of_one_log_begin_a_new_file_together(tmp_path: Path, monkey
     assert all(file.stat().st_size <= 1000 for file in files)
     kept = [line.split("INFO ")[1] for file in reversed(files) for line in file.read_text().splitlines()]
     assert kept == lines[-len(kept) :] and len(kept) > 7, "the newest lines, in order, none missing"
+
+
+def test_the_checkout_that_a_manifest_names_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "study.py").write_text("")
+    for command in (["init"], ["add", "."], [*NAMED, "commit", "--message", "first"]):
+        subprocess.run(["git", "-C", package, *command], check=True, capture_output=True)
+    os.utime(package / "study.py", (1, 1))  # so that `git status` would refresh the index
+    index = (package / ".git" / "index").read_bytes()
+    monkeypatch.setattr(study, "__file__", str(package / "study.py"))
+    with RunDirectory.open(tmp_path / "run", {}) as run:
+        run.update_manifest()
+    git = json.loads((tmp_path / "run" / "manifest.json").read_text())["git"]
+    assert len(git["commit"]) == 40 and git["dirty"] is False
+    assert (package / ".git" / "index").read_bytes() == index
