@@ -497,7 +497,12 @@ def main() -> None:
         try:
             with signals.installed():
                 signals.end_with_parent()
-                app(standalone_mode=True)
+                try:
+                    app()
+                except SystemExit as end:  # which is how Typer ends, always
+                    if end.code:
+                        raise
+                signals.check()
         except signals.Stopped as stop:
             code = stop.exit_code
             logging.getLogger("sae_transfer").error("%s; %s", stop, KEPT)

@@ -1,7 +1,7 @@
 """Asked to stop (SIGTERM, SIGUSR2, Ctrl-C): at once where every file is written whole, between two steps in training.
 
 A handler runs wherever Python happens to be. What it raises is lost where that is a `__del__` or a callback of a weak
-reference, so it also notes that it was asked, and everything that takes long calls `check` between its units of work.
+reference, so it also notes that it was asked, and what takes long calls `check` between its units of work.
 The handlers are installed by the command line; without them nothing here does anything.
 """
 
@@ -48,7 +48,10 @@ _counting = threading.Lock()  # trainings run in threads of their own
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Handle the signals that ask to stop while the block runs; in the main thread."""
+    """Handle the signals that ask to stop while the block runs; in the main thread.
+
+    Where the block ends by an exception, threads that it left at work can hear afterwards that they were asked.
+    """
     global _state
     _state = _State()
     before = {number: signal.signal(number, _handle) for number in STOPPING}
@@ -65,16 +68,19 @@ def installed() -> Iterator[None]:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
-        _state = _State()
+    _state = _State()
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """While the block runs, a signal is only noted, and `check` raises it; at the latest when the block ends well."""
+    """While the block runs, a signal is only noted, and `check` raises it; at the latest when the block ends."""
     with _counting:
         _state.n_deferring += 1
     try:
         yield
+    except Exception:
+        check()  # the error may be the signal's own doing, where it ended a command that was waited for
+        raise
     finally:
         with _counting:
             _state.n_deferring -= 1

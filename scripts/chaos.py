@@ -70,7 +70,6 @@ EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGUSR2: 75, signal
 DAMAGED = 0.5  # of the deaths in training
 POLL_S, LIMIT_S = 0.01, 600
 LONGEST_S = 3.0  # from the start of a stage to its kill
-OVER_WITHIN_S = 0.1  # of a signal: a run that ends well later than that has not heeded it
 
 
 @dataclass
@@ -254,10 +253,10 @@ def one_round(
     number, delay = rng.choice(SIGNALS), rng.random() * min(lasts, longest)
     if code is None:
         time.sleep(delay)
-        at, sent = stage_of(root), time.monotonic()
+        at, sent = stage_of(root), time.time()
         code = run.kill(number)
-        if code == 0 and at == STAGES[-1] and time.monotonic() - sent < OVER_WITHIN_S:
-            return None  # it was over when the signal came
+        if code == 0 and run.output.stat().st_mtime <= sent:
+            return None  # it had said all when the signal came
     elif code == 0:
         return None  # it was over before its time had come
     stage = at if code == 0 else stage_of(root)
@@ -267,6 +266,8 @@ def one_round(
     problem = ""
     if code != EXIT_CODES[number]:
         problem = f"ended with {code} after {signal.Signals(number).name}: {said}"
+    elif STAGES.index(stage) > STAGES.index(at) + 1:
+        problem = f"did not heed {signal.Signals(number).name} while at {at}: {said}"
     elif any(records(root).get(name) != text for name, text in before.items()):
         problem = "a finished stage was done again"
     elif lost := {s for s in saved if f"{s}: going on from" not in said and f"{s}: trained already" not in said}:

@@ -15,9 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_transfer import signals
 from tests.checkpoints import make_chat_of, make_checkpoint, words_of
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nobody_asks_to_stop() -> Iterator[None]:
+    """A test that asks to stop asks no later one."""
+    yield
+    with signals.installed():
+        pass
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 
-from sae_transfer import signals
-
-
-def ask(*numbers: int) -> None:
-    for number in numbers:
-        os.kill(os.getpid(), number)
-    time.sleep(0.01)  # Python runs handlers between two of its instructions
+from sae_transfer import cli, signals
+from tests.asking import Dying, ask
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
@@ -74,38 +69,63 @@ def test_what_is_cleaned_up_after_a_stop_is_not_stopped_again() -> None:
     assert cleaned
 
 
-class Dying:
-    """Is asked to stop where Python lets no exception out."""
-
-    def __del__(self) -> None:
-        ask(signal.SIGTERM)
-
-
-def test_a_stop_that_was_lost_in_a_destructor_is_raised_by_every_later_check(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    passed = []
+def test_a_stop_that_was_lost_in_a_destructor_is_raised_by_every_later_check() -> None:
     with signals.installed():
         Dying()
-        passed.append("went on")
         for _ in range(2):
             with pytest.raises(signals.Stopped, match="SIGTERM"):
                 signals.check()
-    assert passed and not capsys.readouterr().err  # it was not lost, so nothing is said of it
 
 
-def test_other_errors_of_destructors_are_shown_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_lost_a_stop_does_not_end_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", lambda: Dying() and sys.exit(0))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 75
+
+
+def test_of_what_destructors_raise_only_a_stop_goes_unsaid(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Failing:
         def __del__(self) -> None:
             raise ValueError("not closed")
 
-    hook, sys.unraisablehook = sys.unraisablehook, sys.__unraisablehook__  # pytest has its own
-    try:
-        with signals.installed():
-            Failing()
-    finally:
-        sys.unraisablehook = hook
-    assert "ValueError: not closed" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest has its own
+    with signals.installed():
+        Dying()
+        Failing()
+    said = capsys.readouterr().err
+    assert "ValueError: not closed" in said and "Stopped" not in said
+
+
+def test_an_error_after_a_signal_is_taken_for_its_doing() -> None:
+    def submit() -> None:
+        with signals.deferred():
+            ask(signal.SIGINT)
+            raise RuntimeError("sbatch was interrupted")
+
+    with signals.installed(), pytest.raises(signals.Stopped):
+        submit()
+
+
+def test_threads_that_are_still_at_work_are_told_when_the_command_has_gone() -> None:
+    heard = []
+
+    def work() -> None:
+        gone.wait(10)
+        try:
+            signals.check()
+        except signals.Stopped:
+            heard.append(True)
+
+    gone, thread = threading.Event(), threading.Thread(target=work)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt), signals.installed(), signals.deferred():
+        ask(signal.SIGINT, signal.SIGINT)
+    gone.set()
+    thread.join()
+    assert heard
 
 
 def test_handlers_are_those_of_before_afterwards() -> None:

@@ -196,6 +196,7 @@ def compare_activations(
     cosine, raw, scaled = (np.full((n_seq, n_pos), np.nan) for _ in range(3))
     step = max(1, CHUNK_VALUES // (n_pos * d_model))
     for chunk in (slice(start, start + step) for start in range(0, n_seq, step)):
+        signals.check()
         x, y = (np.asarray(acts[chunk], dtype=np.float64) for acts in (base_acts, chat_acts))
         norm_x, norm_y = (np.linalg.norm(a, axis=-1) for a in (x, y))
         with np.errstate(divide="ignore", invalid="ignore"):

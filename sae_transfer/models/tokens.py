@@ -485,6 +485,7 @@ class _Rows(NamedTuple):
             np.lib.format.write_array_header_1_0(out, header)
             step = max(1, _CHUNK_TOKENS // context_size)
             for start in range(0, len(order), step):
+                signals.check()
                 rows = self.read(order[start : start + step])
                 out.write(rows.astype(self.dtype).tobytes())
                 ids_hash.update(rows.astype("<u4").tobytes())

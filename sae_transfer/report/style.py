@@ -24,7 +24,8 @@ from sae_transfer.study import replacing
 WIDE, NARROW = 7.0, 3.3
 """Inches: two columns of a paper, and one."""
 
-DPI, PAD = 200, 0.03  # of an inch, around what is drawn
+DPI = 200
+PAD = 0.03  # of an inch, around what is drawn
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
 )
@@ -62,7 +63,9 @@ RC: Any = {
 @contextmanager
 def styled() -> Iterator[None]:
     """The house style, for making figures and for writing them."""
-    with mpl.rc_context(RC):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # not what a person has set: the same figure on every machine
+        mpl.rcParams.update(RC)
         yield
 
 

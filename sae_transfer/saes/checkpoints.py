@@ -41,18 +41,21 @@ class Checkpoint:
     n_log_entries: int
     lr_changes: tuple[Mapping[str, float], ...]
 
+    @property
+    def lr(self) -> float | None:
+        """The peak learning rate that it was changed to; None as long as it is the study's."""
+        return self.lr_changes[-1]["lr"] if self.lr_changes else None
+
     def restore(self, trainer: SAETrainer[Any, Any]) -> None:
         """Put weights, optimizer, counters and schedules into a trainer that was made for the same training."""
         weights = load_file(self.directory / WEIGHTS_FILE, device=str(trainer.sae.device))
         trainer.sae.load_state_dict(weights)
         trainer.load_trainer_state(self.directory)  # torch.load with weights_only, its default
-        if self.lr_changes:
-            set_peak_lr(trainer, self.lr_changes[-1]["lr"])
+        if self.lr is not None:
+            set_peak_lr(trainer, self.lr)
 
     def with_lr(self, lr: float) -> "Checkpoint":
         """The checkpoint, from now on continued with another peak learning rate; on disk as well."""
-        if self.lr_changes and self.lr_changes[-1]["lr"] == lr:
-            return self
         changes = (*self.lr_changes, {"step": self.step, "lr": lr})
         path = self.directory / STATE_FILE
         state = {**read_json(path), "lr_changes": changes}

@@ -193,8 +193,9 @@ def measure_norm_scale(splicer: Splicer, sequences: NDArray[np.integer], d_model
     Norms in float32, their sum in float64 (Conerly et al., April 2024).
     """
     per_pass = rows_per_pass(sequences.shape[1], device)
-    total = sum(
-        run_sequences(splicer, sequences[row : row + per_pass], device).float().norm(dim=-1).double().sum().item()
-        for row in range(0, len(sequences), per_pass)
-    )
+    total = 0.0
+    for row in range(0, len(sequences), per_pass):
+        signals.check()
+        acts = run_sequences(splicer, sequences[row : row + per_pass], device)
+        total += acts.float().norm(dim=-1).double().sum().item()
     return d_model**0.5 * sequences.size / total

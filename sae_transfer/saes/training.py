@@ -302,10 +302,13 @@ class _Training:
         if start is None:
             self.curve = CurveLog(directory / LOG_FILE, 0)
             return
-        retried = start if retry_lr is None else start.with_lr(retry_lr)
-        retried.restore(trainer)
-        self._lr_changes = retried.lr_changes
-        self.curve = CurveLog(directory / LOG_FILE, start.n_log_entries, is_new=retried is not start)
+        new_lr = None if retry_lr == start.lr else retry_lr
+        # first: a checkpoint that has its new learning rate no longer says that another curve begins
+        self.curve = CurveLog(directory / LOG_FILE, start.n_log_entries, is_new=new_lr is not None)
+        if new_lr is not None:
+            start = start.with_lr(new_lr)
+        start.restore(trainer)
+        self._lr_changes = start.lr_changes
         changed = f", with learning rate {self.peak_lr:g}" if self._lr_changes else ""
         logger.info("%s: going on from the checkpoint of step %s%s", self.name, f"{start.step:,}", changed)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sae_transfer import signals
 from sae_transfer.analysis.metrics import BOOTSTRAP_SEED
 from sae_transfer.config import SIDES, Study, study_hash
 from sae_transfer.errors import StudyError
@@ -187,15 +188,16 @@ class Context:
         self, name: str, inputs: Mapping[str, Any], seconds: float, throughput: Throughput | None = None
     ) -> None:
         """Record a stage as done, and what it found in the manifest."""
-        self.run.finish(name, inputs, seconds)
-        entries = self._provenance()
-        if name != "tokens":  # which are made before any model has been seen to be sound
-            entries |= {**self.found, "site_agreement": self._agreement}
-        rates = throughput.rates() if throughput else {}
-        if rates:
-            entries["throughput"] = {name: rates}
-            logger.info("%s: %s", name, throughput)
-        self.run.update_manifest(**entries)
+        with signals.deferred():  # whoever comes next would not add to the manifest what is done already
+            self.run.finish(name, inputs, seconds)
+            entries = self._provenance()
+            if name != "tokens":  # which are made before any model has been seen to be sound
+                entries |= {**self.found, "site_agreement": self._agreement}
+            rates = throughput.rates() if throughput else {}
+            if rates:
+                entries["throughput"] = {name: rates}
+                logger.info("%s: %s", name, throughput)
+            self.run.update_manifest(**entries)
         logger.info("%s: done in %.0f s", name, seconds)
 
     def require(self, stage: str, problem: str, verb: str) -> None:

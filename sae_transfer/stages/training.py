@@ -355,7 +355,7 @@ def _make_rollouts_to_read(context: Context, finetune: Finetune) -> None:
         for name, array in zip(ROLLOUT_ARRAYS, made, strict=True):
             with replacing(directory / name) as file, file.open("wb") as handle:
                 np.save(handle, array)
-        for path in directory.glob("parts-*"):
-            shutil.rmtree(path)
 
     context.stage("finetune-rollouts", inputs, work, verb="finetune")
+    for path in directory.glob("parts-*"):
+        shutil.rmtree(path)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sae_transfer import signals
 from sae_transfer.errors import StudyError
-from sae_transfer.signals import PARENT_VARIABLE, Stopped
+from sae_transfer.signals import PARENT_VARIABLE
 from sae_transfer.study import write_text
 from sae_transfer.sweep.child import LOG_BYTES, POLL_S, STOP_WITHIN_S, Child, start
 from sae_transfer.sweep.jobs import Job, read_jobs
@@ -89,6 +90,7 @@ def start_supervisor(directory: Path) -> None:
                 f"the process that runs the jobs ended at once, with exit code {process.returncode}", f"read {said}"
             )
         time.sleep(POLL_S)
+        signals.check()
 
 
 def cancel(directory: Path) -> None:
@@ -108,6 +110,7 @@ def cancel(directory: Path) -> None:
                 "cancel it on the machine it is on",
             )
         time.sleep(POLL_S)
+        signals.check()
 
 
 def claim(directory: Path) -> FileLock | None:
@@ -128,32 +131,24 @@ def supervise(directory: Path, lock: FileLock) -> None:
         lock: As `claim` gave it; it is let go at the end.
 
     Raises:
-        Stopped: SIGTERM or Ctrl-C; the jobs were stopped, and have written their checkpoints.
+        Stopped: A signal asked for it; the jobs were stopped, and have written their checkpoints.
     """
-    asked: int | None = None
-
-    def stop(number: int, _: object) -> None:
-        nonlocal asked
-        asked = asked or number
-
-    write_text(_pid_file(directory), str(os.getpid()))
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     slots: dict[int, Child | None] = {}
     complaints: set[str] = set()
-    try:
-        while asked is None:
-            _collect(slots, complaints)
-            wanted = int((directory / "jobs" / "slots").read_text())
-            waiting = _fill(directory, slots, wanted, complaints)
-            if not waiting and not any(slots.values()) and _ended(directory, lock):
-                return
-            time.sleep(POLL_S)
-        raise Stopped(asked)
-    finally:
-        _stop(slots)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        _leave(directory, lock)
+    with signals.deferred():
+        try:
+            write_text(_pid_file(directory), str(os.getpid()))
+            while True:
+                signals.check()
+                _collect(slots, complaints)
+                wanted = int((directory / "jobs" / "slots").read_text())
+                waiting = _fill(directory, slots, wanted, complaints)
+                if not waiting and not any(slots.values()) and _ended(directory, lock):
+                    return
+                time.sleep(POLL_S)
+        finally:
+            _stop(slots)
+            _leave(directory, lock)
 
 
 def slot_environment(slot: int, slots: int) -> dict[str, str]:
@@ -277,7 +272,8 @@ def _stop(slots: dict[int, Child | None]) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        if (claimed := claim(Path(sys.argv[1]))) is not None:
-            supervise(Path(sys.argv[1]), claimed)
-    except Stopped as stop:
+        with signals.installed():
+            if (claimed := claim(Path(sys.argv[1]))) is not None:
+                supervise(Path(sys.argv[1]), claimed)
+    except signals.Stopped as stop:
         sys.exit(stop.exit_code)

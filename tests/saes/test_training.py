@@ -1,6 +1,7 @@
 """Training: SAELens's own steps, folded at the end, refused when it blows up."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,25 @@ def test_the_learning_rate_of_a_retry_holds_when_it_is_cut_itself(tmp_path: Path
         train([trainee(tmp_path / "cut", "topk")], GivenStream(cut_at=50), retry_lr=0.002, every_min=ALWAYS)
     train([trainee(tmp_path / "cut", "topk")], GivenStream())
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "through")
+
+
+def test_the_curve_of_a_retry_is_told_from_its_start_also_when_it_was_cut_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    heard = replace(trainee(tmp_path / "sae", "standard"), on_log=lambda _, entry: told.append(entry["step"]))
+    with pytest.raises(Diverged):
+        train([trainee(tmp_path / "sae", "standard")], GivenStream(spoil_at=23), every_min=ALWAYS)
+
+    def cut(*_: object) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_transfer.saes.checkpoints.Checkpoint.restore", cut)
+        with pytest.raises(Cut):
+            train([heard], GivenStream(), retry_lr=0.002)
+    train([heard], GivenStream(), retry_lr=0.002)
+    assert told == list(range(23, 61))
 
 
 def test_an_explosion_is_told_from_learning(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from sae_transfer import signals
 from sae_transfer.cost.device import find_device
 from sae_transfer.errors import StudyError
 from sae_transfer.sweep import child, local
@@ -22,6 +23,7 @@ from sae_transfer.sweep.file import load_sweep
 from sae_transfer.sweep.jobs import Job, plan_jobs, read_jobs, write_jobs
 from sae_transfer.sweep.run import cancel_sweep, describe, read_status, submit_sweep, wait
 from sae_transfer.sweep.states import Fact, Record, read_record, submitted, update_record
+from tests.asking import Dying, ask
 from tests.disks import full
 from tests.studies import cli, hold, read_rows
 from tests.sweep.sweeps import CPU, write_sweep
@@ -175,6 +177,30 @@ def test_what_a_full_disk_holds_up_is_tried_again_and_said_once(
     assert read_record(small_disk, "report").state == "failed"
     (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert said.startswith("report: tried again until it succeeds: ") and "No space left" in said
+
+
+def test_a_supervisor_heeds_a_signal_that_was_lost_before_it(tmp_path: Path) -> None:
+    lock = local.claim(tmp_path)
+    assert lock is not None
+    with signals.installed():
+        Dying()
+        with pytest.raises(signals.Stopped):
+            local.supervise(tmp_path, lock)
+    assert not lock.is_locked
+
+
+def test_a_second_signal_does_not_keep_a_supervisor_from_stopping_its_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = local.claim(tmp_path)
+    assert lock is not None
+    (tmp_path / "jobs" / "slots").write_text("1")
+    stopped = []
+    monkeypatch.setattr(local, "_fill", lambda *_: ask(signal.SIGTERM) or True)
+    monkeypatch.setattr(local, "_stop", lambda _: ask(signal.SIGUSR2) or stopped.append(True))
+    with signals.installed(), pytest.raises(signals.Stopped, match="SIGTERM"):
+        local.supervise(tmp_path, lock)
+    assert stopped and not lock.is_locked and not list(tmp_path.glob("jobs/*.pid"))
 
 
 def test_a_supervisor_that_does_not_start_is_said(
