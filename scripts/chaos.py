@@ -7,6 +7,7 @@ damaged as well. Several rounds fall on one run directory, from its first stage 
 be, byte for byte, that of the run that was left alone. Exit code 1 when anything is lost or different.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -33,6 +34,8 @@ from rich.table import Table
 import sae_transfer.pipeline  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from sae_transfer import cli
 from sae_transfer.signals import STOPPING
+
+gc.freeze()  # nor is it looked through for garbage, again and again
 
 STUDY = {
     "pair": {"base": "demo:base", "chat": "demo:chat"},

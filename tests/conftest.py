@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread, and a small random pair on disk."""
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,12 @@ from sae_transfer import signals
 from tests.checkpoints import make_chat_of, make_checkpoint, words_of
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections: the stages ask for one after each model."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,14 @@
 """A small study over a random pair, as a file on disk, and how to run it as a user does."""
 
 import csv
+import gc
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,44 @@ def read_rows(run: Path, name: str = "cross_eval/rows.csv") -> list[dict[str, st
         return list(csv.DictReader(file))
 
 
+class Started:
+    """`sae-transfer` in a process of its own, forked from one that has imported what takes ten seconds."""
+
+    def __init__(self, *arguments: str | Path, cwd: Path | None = None) -> None:
+        """Start it."""
+        self._command = [str(argument) for argument in arguments]
+        self._said = tempfile.TemporaryDirectory()
+        self._output = [Path(self._said.name) / name for name in ("stdout", "stderr")]
+        self._process = IMPORTED.Process(
+            target=_carry_out, args=(self._command, cwd or Path.cwd(), dict(os.environ), self._output)
+        )
+        self._process.start()
+
+    def send_signal(self, number: int) -> None:
+        """Send the process a signal; none if it has ended."""
+        if self._process.is_alive() and self._process.pid is not None:
+            os.kill(self._process.pid, number)
+
+    def wait_for(self, true: Callable[[], bool]) -> None:
+        """Wait until something is true, or the process has ended."""
+        while self._process.is_alive() and not true():
+            time.sleep(0.01)
+
+    def says(self, text: str) -> bool:
+        """Whether it has said something on stderr."""
+        return text in self._output[1].read_text(encoding="utf-8") if self._output[1].exists() else False
+
+    def end(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end."""
+        self._process.join()
+        said = [path.read_text(encoding="utf-8") if path.exists() else "" for path in self._output]
+        self._said.cleanup()
+        return subprocess.CompletedProcess(self._command, self._process.exitcode or 0, *said)
+
+
 def cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `sae-transfer` in a process of its own, forked from one that has imported what takes ten seconds."""
-    command = [str(argument) for argument in arguments]
-    with tempfile.TemporaryDirectory() as directory:
-        output = [Path(directory) / name for name in ("stdout", "stderr")]
-        process = IMPORTED.Process(target=_carry_out, args=(command, cwd or Path.cwd(), dict(os.environ), output))
-        process.start()
-        process.join()
-        said = (path.read_text(encoding="utf-8") if path.exists() else "" for path in output)
-        return subprocess.CompletedProcess(command, process.exitcode or 0, *said)
+    """Run `sae-transfer` to its end."""
+    return Started(*arguments, cwd=cwd).end()
 
 
 def cli_anew(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -62,12 +93,13 @@ IMPORTED.set_forkserver_preload(["sae_transfer.pipeline", "sae_transfer.report.p
 
 
 def _carry_out(command: list[str], cwd: Path, environment: dict[str, str], output: list[Path]) -> None:
+    gc.freeze()  # what was imported is no garbage, and takes long to look through
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     for descriptor, path in zip((1, 2), output, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     sys.argv = ["sae-transfer", *command]
     main()
 

@@ -2,14 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sae_transfer import __version__
-from tests.studies import cli, write_study
+from tests.studies import Started, cli, write_study
 
 
 def test_help_lists_the_verbs_and_each_verb_has_an_example() -> None:
@@ -88,18 +86,12 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(
 ) -> None:
     config = write_study(tmp_path, *llama_pair, text_file)
     arguments = ["train", str(config), "--out", str(tmp_path / "run"), "--set", "train.batch_size=2"]
-    process = subprocess.Popen([sys.executable, "-m", "sae_transfer", *arguments], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    seen = []
-    for line in process.stderr:
-        seen.append(line)
-        if line.startswith("train base:"):
-            process.send_signal(signal.SIGINT)
-            break
-    seen += process.stderr.readlines()
-    assert process.wait() == 130, seen
-    assert any("interrupted; finished stages are kept" in line for line in seen)
-    assert not any("Traceback" in line for line in seen)
+    training = Started(*arguments)
+    training.wait_for(lambda: training.says("train base:"))
+    training.send_signal(signal.SIGINT)
+    ended = training.end()
+    assert ended.returncode == 130, ended.stderr
+    assert "interrupted; finished stages are kept" in ended.stderr and "Traceback" not in ended.stderr
     again = cli(*arguments)
     assert again.returncode == 0 and "base-standard-w64-l1_1-s0: going on from the checkpoint of step" in again.stderr
 

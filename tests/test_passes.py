@@ -1,8 +1,6 @@
 """Studies trained on one stream, and both models of one study at once, give what each gives alone."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from sae_transfer.pipeline import run_stages, train_together
 from sae_transfer.saes.store import WEIGHTS_FILE
 from sae_transfer.stages.context import Context
 from sae_transfer.study_file import load_study
-from tests.studies import cli, hold, write_study
+from tests.studies import Started, cli, hold, write_study
 
 FINETUNE = {"tokens": [2048], "batch_size": 64}
 
@@ -79,10 +77,10 @@ def test_several_study_files_need_here(write: Callable[..., Path], tmp_path: Pat
 def test_base_and_chat_are_trained_by_two_processes_at_once(write: Callable[..., Path], tmp_path: Path) -> None:
     run, study = tmp_path / "a", write("a", 64)
     run_stages(load_study(study), tmp_path / "alone", ("train",))
-    command = [sys.executable, "-m", "sae_transfer", "train", str(study), "--here", "--model"]
-    both = [subprocess.Popen([*command, side], stderr=subprocess.PIPE, text=True) for side in ("base", "chat")]
-    errors = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    both = [Started("train", study, "--here", "--model", side) for side in ("base", "chat")]
+    ended = [process.end() for process in both]
+    errors = [process.stderr for process in ended]
+    assert [process.returncode for process in ended] == [0, 0], errors
     assert weights_of(run) == weights_of(tmp_path / "alone")
     assert sum("tokens: done in" in error for error in errors) == 1, "the second process waits for the first's tokens"
 

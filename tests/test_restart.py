@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from sae_transfer.pipeline import run_stages
 from sae_transfer.saes import stream
 from sae_transfer.saes.stream import ActivationStream
 from sae_transfer.study_file import load_study
-from tests.studies import cli, write_study
+from tests.studies import Started, cli, write_study
 
 SAES = (
     "base-standard-w64-l1_1-s0",
@@ -90,34 +87,19 @@ def test_a_stop_anywhere_in_training_changes_nothing(
     assert len(saes_of(uncut)) == 2 * 4
 
 
-def started(*arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "sae_transfer", *map(str, arguments)], stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(path: Path, pattern: str) -> None:
-    for _ in range(2400):
-        if any(path.glob(pattern)):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path / pattern} did not come")
-
-
 @pytest.mark.slow
 def test_a_killed_and_a_preempted_run_end_as_the_one_that_was_left_alone(study_file: Path, tmp_path: Path) -> None:
     run, often = tmp_path / "run", ("--set", "compute.checkpoint_every_min=0.0005")
     command = ("train", study_file, "--out", run, *often)
-    killed = started(*command)
-    wait_for(run, "saes/base-topk*/checkpoints/*")
-    killed.kill()
-    killed.communicate()
-    preempted = started(*command)
-    wait_for(run, "saes/base-topk*/checkpoints/1[0-9][0-9]")
+    killed = Started(*command)
+    killed.wait_for(lambda: any(run.glob("saes/base-topk*/checkpoints/*")))
+    killed.send_signal(signal.SIGKILL)
+    assert killed.end().returncode == -signal.SIGKILL
+    preempted = Started(*command)
+    preempted.wait_for(lambda: any(run.glob("saes/base-topk*/checkpoints/1[0-9][0-9]")))
     preempted.send_signal(signal.SIGUSR2)
-    _, told = preempted.communicate()
-    assert preempted.returncode in (75, 0), told  # 0: it was through when the signal came
-    assert "stopped by SIGUSR2; finished stages are kept" in told or preempted.returncode == 0
+    ended = preempted.end()
+    assert ended.returncode == 75 and "stopped by SIGUSR2; finished stages are kept" in ended.stderr
     last = cli(*command)
     assert last.returncode == 0, last.stderr
     run_stages(load_study(study_file), tmp_path / "uncut", ("train",))
