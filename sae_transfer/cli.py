@@ -499,7 +499,7 @@ def main() -> None:
                 signals.end_with_parent()
                 try:
                     app()
-                except SystemExit as end:  # which is how Typer ends, always
+                except SystemExit as end:  # which is how Typer ends, also well
                     if end.code:
                         raise
                 signals.check()

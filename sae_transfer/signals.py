@@ -2,7 +2,7 @@
 
 A handler runs wherever Python happens to be. What it raises is lost where that is a `__del__` or a callback of a weak
 reference, so it also notes that it was asked, and what takes long calls `check` between its units of work.
-The handlers are installed by the command line; without them nothing here does anything.
+Only the command line installs the handlers; before it does, nothing here does anything.
 """
 
 import ctypes
@@ -73,17 +73,15 @@ def installed() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """While the block runs, a signal is only noted, and `check` raises it; at the latest when the block ends."""
+    """While the block runs, a signal is only noted, and `check` raises it; at the latest when the block ends well."""
+    state = _state
     with _counting:
-        _state.n_deferring += 1
+        state.n_deferring += 1
     try:
         yield
-    except Exception:
-        check()  # the error may be the signal's own doing, where it ended a command that was waited for
-        raise
     finally:
         with _counting:
-            _state.n_deferring -= 1
+            state.n_deferring -= 1
     check()
 
 

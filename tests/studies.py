@@ -1,7 +1,6 @@
 """A small study over a random pair, as a file on disk, and how to run it as a user does."""
 
 import csv
-import gc
 import multiprocessing
 import os
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ def read_rows(run: Path, name: str = "cross_eval/rows.csv") -> list[dict[str, st
         return list(csv.DictReader(file))
 
 
+LONGEST_S = 300  # of a command in a test
+
+
 class Started:
     """`sae-transfer` in a process of its own, forked from one that has imported what takes ten seconds."""
 
@@ -57,12 +60,15 @@ class Started:
 
     def send_signal(self, number: int) -> None:
         """Send the process a signal; none if it has ended."""
-        if self._process.is_alive() and self._process.pid is not None:
+        assert self._process.pid is not None
+        with suppress(ProcessLookupError):
             os.kill(self._process.pid, number)
 
     def wait_for(self, true: Callable[[], bool]) -> None:
         """Wait until something is true, or the process has ended."""
+        deadline = time.monotonic() + LONGEST_S
         while self._process.is_alive() and not true():
+            assert time.monotonic() < deadline
             time.sleep(0.01)
 
     def says(self, text: str) -> bool:
@@ -71,7 +77,10 @@ class Started:
 
     def end(self) -> subprocess.CompletedProcess[str]:
         """Wait for its end."""
-        self._process.join()
+        self._process.join(LONGEST_S)
+        if self._process.is_alive():
+            self._process.kill()
+            raise TimeoutError(f"{self._command}: no end within {LONGEST_S} s")
         said = [path.read_text(encoding="utf-8") if path.exists() else "" for path in self._output]
         self._said.cleanup()
         return subprocess.CompletedProcess(self._command, self._process.exitcode or 0, *said)
@@ -93,7 +102,6 @@ IMPORTED.set_forkserver_preload(["sae_transfer.pipeline", "sae_transfer.report.p
 
 
 def _carry_out(command: list[str], cwd: Path, environment: dict[str, str], output: list[Path]) -> None:
-    gc.freeze()  # what was imported is no garbage, and takes long to look through
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -96,7 +96,7 @@ def test_a_killed_and_a_preempted_run_end_as_the_one_that_was_left_alone(study_f
     killed.send_signal(signal.SIGKILL)
     assert killed.end().returncode == -signal.SIGKILL
     preempted = Started(*command)
-    preempted.wait_for(lambda: any(run.glob("saes/base-topk*/checkpoints/1[0-9][0-9]")))
+    preempted.wait_for(lambda: any(run.glob("saes/base-topk*/checkpoints/[1-9][0-9]")))
     preempted.send_signal(signal.SIGUSR2)
     ended = preempted.end()
     assert ended.returncode == 75 and "stopped by SIGUSR2; finished stages are kept" in ended.stderr

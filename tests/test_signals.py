@@ -99,16 +99,6 @@ def test_of_what_destructors_raise_only_a_stop_goes_unsaid(
     assert "ValueError: not closed" in said and "Stopped" not in said
 
 
-def test_an_error_after_a_signal_is_taken_for_its_doing() -> None:
-    def submit() -> None:
-        with signals.deferred():
-            ask(signal.SIGINT)
-            raise RuntimeError("sbatch was interrupted")
-
-    with signals.installed(), pytest.raises(signals.Stopped):
-        submit()
-
-
 def test_threads_that_are_still_at_work_are_told_when_the_command_has_gone() -> None:
     heard = []
 

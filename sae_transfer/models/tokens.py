@@ -303,6 +303,7 @@ def _read_ids(file: Path, places: NDArray[np.integer]) -> NDArray[np.integer]:
 def _check_ids(file: Path, wanted: _Wanted, n_ids: int) -> None:
     step = max(1, _CHUNK_TOKENS // wanted.context_size)
     for start in range(0, wanted.n_rows, step):
+        signals.check()
         chunk = _read_ids(file, np.arange(start, min(start + step, wanted.n_rows)))
         wrong = np.argwhere((chunk < 0) | (chunk >= n_ids))
         if len(wrong):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from sae_transfer import signals
 from sae_transfer.analysis.metrics import BOOTSTRAP_SEED
 from sae_transfer.config import SIDES, Study, study_hash
 from sae_transfer.errors import StudyError
@@ -99,7 +98,7 @@ class Context:
                 meter = meter or Meter("tokens", wanted, "sequences")
                 meter.update(done)
 
-            build_token_set(
+            self.token_set = build_token_set(
                 self.run.root / "tokens",
                 self.base_tokenizer(),
                 **study.tokens.model_dump(),
@@ -118,12 +117,15 @@ class Context:
         self._agreement = leader._agreement  # that of the streams, which are the leader's
         with self.run.exclusively():
             if self.token_inputs() == leader.token_inputs():
-                source = leader.run.root / "tokens"
-                self.stage("tokens", self.token_inputs(), lambda: _link(source, self.run.root / "tokens"))
+                self.stage("tokens", self.token_inputs(), lambda: self._take_tokens(leader.run.root / "tokens"))
             inputs = self.scale_inputs()
             if inputs == leader.scale_inputs() and self.run.changed_inputs("scales", inputs) != []:
                 scales = (leader.run.root / "scales.json").read_text(encoding="utf-8")
                 self.stage("scales", inputs, lambda: write_text(self.run.root / "scales.json", scales))
+
+    def _take_tokens(self, source: Path) -> None:
+        _link(source, self.run.root / "tokens")
+        self.token_set = load_token_set(self.run.root / "tokens")
 
     def devices(self, n: int) -> list[str]:
         """As many of this machine's GPUs as there are, at most n; else the one device.
@@ -187,17 +189,16 @@ class Context:
     def finish(
         self, name: str, inputs: Mapping[str, Any], seconds: float, throughput: Throughput | None = None
     ) -> None:
-        """Record a stage as done, and what it found in the manifest."""
-        with signals.deferred():  # whoever comes next would not add to the manifest what is done already
-            self.run.finish(name, inputs, seconds)
-            entries = self._provenance()
-            if name != "tokens":  # which are made before any model has been seen to be sound
-                entries |= {**self.found, "site_agreement": self._agreement}
-            rates = throughput.rates() if throughput else {}
-            if rates:
-                entries["throughput"] = {name: rates}
-                logger.info("%s: %s", name, throughput)
-            self.run.update_manifest(**entries)
+        """Put what a stage found into the manifest, and record the stage as done."""
+        entries = self._provenance()
+        if name != "tokens":  # which are made before any model has been seen to be sound
+            entries |= {**self.found, "site_agreement": self._agreement}
+        rates = throughput.rates() if throughput else {}
+        if rates:
+            entries["throughput"] = {name: rates}
+            logger.info("%s: %s", name, throughput)
+        self.run.update_manifest(**entries)
+        self.run.finish(name, inputs, seconds)
         logger.info("%s: done in %.0f s", name, seconds)
 
     def require(self, stage: str, problem: str, verb: str) -> None:

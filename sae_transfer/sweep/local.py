@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 
 from sae_transfer import signals
 from sae_transfer.errors import StudyError
-from sae_transfer.signals import PARENT_VARIABLE
 from sae_transfer.study import write_text
 from sae_transfer.sweep.child import LOG_BYTES, POLL_S, STOP_WITHIN_S, Child, start
 from sae_transfer.sweep.jobs import Job, read_jobs
@@ -71,7 +70,7 @@ def is_supervised(directory: Path) -> bool:
 
 def start_supervisor(directory: Path) -> None:
     """Start a supervisor that outlives this process, unless one is at work already."""
-    environment = {key: value for key, value in os.environ.items() if key != PARENT_VARIABLE}
+    environment = {key: value for key, value in os.environ.items() if key != signals.PARENT_VARIABLE}
     said = directory / "jobs" / "supervisor.log"  # two lines a job
     if said.exists() and said.stat().st_size > LOG_BYTES:
         said.replace(said.with_name("supervisor.previous.log"))
@@ -147,8 +146,10 @@ def supervise(directory: Path, lock: FileLock) -> None:
                     return
                 time.sleep(POLL_S)
         finally:
-            _stop(slots)
-            _leave(directory, lock)
+            try:
+                _stop(slots)
+            finally:
+                _leave(directory, lock)
 
 
 def slot_environment(slot: int, slots: int) -> dict[str, str]:

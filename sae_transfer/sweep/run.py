@@ -128,7 +128,7 @@ def submit_sweep(
     Raises:
         StudyError: Something is wrong with the sweep, a cell or the directory, and nothing was submitted; or SLURM
             refuses some jobs, and what it took before them was.
-        Stopped: Ctrl-C or SIGTERM; jobs that run here have written their checkpoints.
+        Stopped: A signal asked for it; jobs that run here have written their checkpoints.
     """
     sweep = load_sweep(path)
     cells = expand(sweep, overrides)
@@ -204,7 +204,7 @@ def wait(directory: Path, every_s: float | None = None) -> Status:
         Where everything is then.
 
     Raises:
-        Stopped: Ctrl-C or SIGTERM; jobs that run here have written their checkpoints.
+        Stopped: A signal asked for it; jobs that run here have written their checkpoints.
     """
     directory = directory.absolute()
     launcher = read_launcher(directory / SWEEP_FILE)

@@ -188,6 +188,7 @@ def _submit_array(
     except (RuntimeError, OSError) as error:  # submitit's errors are RuntimeErrors
         for job in members:
             update_record(directory, job.name, lambda record: given_back(record, "not submitted"))
+        signals.check()  # Ctrl-C ends sbatch as well
         raise StudyError(
             f"SLURM refuses {', '.join(job.name for job in members)}: {error}",
             "mend launcher in the sweep file; ask SLURM: sinfo. What it took before these stays submitted",

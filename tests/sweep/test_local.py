@@ -190,18 +190,32 @@ def test_a_supervisor_heeds_a_signal_that_was_lost_before_it(tmp_path: Path) -> 
     assert not lock.is_locked
 
 
-def test_a_second_signal_does_not_keep_a_supervisor_from_stopping_its_jobs(
+def test_a_signal_interrupts_a_supervisor_neither_while_it_starts_jobs_nor_while_it_stops_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = local.claim(tmp_path)
     assert lock is not None
     (tmp_path / "jobs" / "slots").write_text("1")
-    stopped = []
-    monkeypatch.setattr(local, "_fill", lambda *_: ask(signal.SIGTERM) or True)
-    monkeypatch.setattr(local, "_stop", lambda _: ask(signal.SIGUSR2) or stopped.append(True))
+    done = []
+    monkeypatch.setattr(local, "_fill", lambda *_: ask(signal.SIGTERM) or done.append("started") or True)
+    monkeypatch.setattr(local, "_stop", lambda _: ask(signal.SIGUSR2) or done.append("stopped"))
     with signals.installed(), pytest.raises(signals.Stopped, match="SIGTERM"):
         local.supervise(tmp_path, lock)
-    assert stopped and not lock.is_locked and not list(tmp_path.glob("jobs/*.pid"))
+    assert done == ["started", "stopped"]
+    assert not lock.is_locked and not list(tmp_path.glob("jobs/*.pid"))
+
+
+def test_ctrl_c_that_ends_sbatch_as_well_is_no_refusal(
+    llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch: it fails, as it does when it is interrupted
+    sweep = write_sweep(tmp_path, llama_pair, text_file, launcher={"engine": "slurm"})
+    with signals.installed():
+        Dying()
+        with pytest.raises(signals.Stopped):
+            submit_sweep(sweep, tmp_path / "out")
+    assert {record.state for record in records(tmp_path / "out").values()} == {"pending"}
 
 
 def test_a_supervisor_that_does_not_start_is_said(
