@@ -55,7 +55,7 @@ def study_file(tmp_path_factory: pytest.TempPathFactory, llama_pair: tuple[Path,
 @pytest.fixture(scope="module")
 def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "small"
-    run_stages(load_study(study_file), run)
+    run_stages(load_study(study_file), run, STAGES[:-1])  # no test here reads the report
     return run
 
 

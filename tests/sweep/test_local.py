@@ -205,19 +205,6 @@ def test_a_signal_interrupts_a_supervisor_neither_while_it_starts_jobs_nor_while
     assert not lock.is_locked and not list(tmp_path.glob("jobs/*.pid"))
 
 
-def test_ctrl_c_that_ends_sbatch_as_well_is_no_refusal(
-    llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("submitit")
-    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch: it fails, as it does when it is interrupted
-    sweep = write_sweep(tmp_path, llama_pair, text_file, launcher={"engine": "slurm"})
-    with signals.installed():
-        Dying()
-        with pytest.raises(signals.Stopped):
-            submit_sweep(sweep, tmp_path / "out")
-    assert {record.state for record in records(tmp_path / "out").values()} == {"pending"}
-
-
 def test_a_supervisor_that_does_not_start_is_said(
     llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,14 +215,19 @@ def test_a_supervisor_that_does_not_start_is_said(
     assert {record.state for record in records(tmp_path / "out").values()} == {"pending"}
 
 
+@pytest.mark.parametrize("is_interrupted", [False, True])  # Ctrl-C ends sbatch as well, which is no refusal
 def test_slurm_where_there_is_none_is_refused_and_nothing_is_submitted(
-    llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_interrupted: bool, llama_pair: Pair, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     sweep = write_sweep(tmp_path, llama_pair, text_file, launcher={"engine": "slurm"})
-    with pytest.raises(StudyError, match=r"SLURM refuses train-base-.*srun"):
-        submit_sweep(sweep, tmp_path / "out")
+    error, said = (signals.Stopped, "SIGTERM") if is_interrupted else (StudyError, r"SLURM refuses train-base-.*srun")
+    with signals.installed():
+        if is_interrupted:
+            Dying()
+        with pytest.raises(error, match=said):
+            submit_sweep(sweep, tmp_path / "out")
     assert {record.state for record in records(tmp_path / "out").values()} == {"pending"}
 
 
