@@ -58,8 +58,8 @@ def run_stages(
     redo = stages[0] if len(stages) == 1 else None
     with _opened(study, root, SIDES, force=force, redo=redo, retry_lr=retry_lr) as context:
         for stage in stages:
-            _WORK[stage](context)
             signals.check()
+            _WORK[stage](context)
 
 
 def train_together(

@@ -57,11 +57,11 @@ def installed() -> Iterator[None]:
     before = {number: signal.signal(number, _handle) for number in STOPPING}
     hook = sys.unraisablehook
 
-    def say(unraisable: "sys.UnraisableHookArgs") -> None:
+    def hook_without_stops(unraisable: "sys.UnraisableHookArgs") -> None:
         if not issubclass(unraisable.exc_type, Stopped):  # that is raised again by the next check
             hook(unraisable)
 
-    sys.unraisablehook = say
+    sys.unraisablehook = hook_without_stops
     try:
         yield
     finally:
@@ -74,7 +74,7 @@ def installed() -> Iterator[None]:
 @contextmanager
 def deferred() -> Iterator[None]:
     """While the block runs, a signal is only noted, and `check` raises it; at the latest when the block ends well."""
-    state = _state
+    state = _state  # the block may outlive it
     with _counting:
         state.n_deferring += 1
     try:

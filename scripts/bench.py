@@ -120,6 +120,7 @@ def _status_bytes(field: str) -> int:
 def matmul_seconds(m: int, k: int, n: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
     """Measured seconds of one product `[m k] @ [k n]`, the median of several: the bound that fractions refer to."""
     a, b, out = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((m, k), (k, n), (m, n)))
+    # small ones are all overhead, which a thousand show as well as any more
     repeats = min(max(1, int(2e10 / (2 * m * k * n))), 1000) if device == "cpu" else 20
 
     def several() -> None:

@@ -7,6 +7,7 @@ damaged as well. Several rounds fall on one run directory, from its first stage 
 be, byte for byte, that of the run that was left alone. Exit code 1 when anything is lost or different.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -29,10 +30,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-# Imported once, here: a run is then a fork of this process and starts at once, instead of after ten seconds.
-import sae_transfer.pipeline  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from sae_transfer import cli
 from sae_transfer.signals import STOPPING
+
+# Once, here: a run is then a fork of this process and starts at once, instead of after ten seconds.
+importlib.import_module("sae_transfer.pipeline")
 
 STUDY = {
     "pair": {"base": "demo:base", "chat": "demo:chat"},
@@ -254,21 +256,23 @@ def one_round(
     if code == 0:
         return None  # it was over before
     number, delay = rng.choice(SIGNALS), rng.random() * min(lasts, longest)
-    time.sleep(delay if code is None else 0)
-    stage, sent = stage_of(root), time.time()
-    code = run.kill(number) if code is None else code
-    ended = time.time()
-    if code == 0 and run.output.stat().st_mtime <= sent:
-        return None  # it had said all when the signal came
-    stage = stage if code == 0 else stage_of(root)
+    took = 0.0
+    if code is None:
+        time.sleep(delay)
+        sent = time.time()
+        code = run.kill(number)
+        took = time.time() - sent
+        if code == 0 and run.output.stat().st_mtime <= sent:
+            return None  # it had said all when the signal came
+    stage = stage_of(root)
     count = counts[stage]
     count.kills += 1
     said = run.output.read_text()
     problem = ""
     if code != EXIT_CODES[number]:
         problem = f"ended with {code} after {signal.Signals(number).name}: {said}"
-    elif ended - sent > HEEDED_WITHIN_S:
-        problem = f"heeded {signal.Signals(number).name} after {ended - sent:.1f} s: {said}"
+    elif took > HEEDED_WITHIN_S:
+        problem = f"heeded {signal.Signals(number).name} after {took:.1f} s: {said}"
     elif any(records(root).get(name) != text for name, text in before.items()):
         problem = "a finished stage was done again"
     elif lost := {s for s in saved if f"{s}: going on from" not in said and f"{s}: trained already" not in said}:

@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**QWEN, "num_key_value_heads": 16, "vocab_size": 151_936, "tie_word_embeddings": True},
     ),
     "mistral-tiny": ("mistral", {**TINY, "num_key_value_heads": 2, "vocab_size": 256, "sliding_window": None}),
+    "qwen-tiny": ("qwen2", {**TINY, "num_key_value_heads": 4, "vocab_size": 512, "tie_word_embeddings": True}),
 }
 
 

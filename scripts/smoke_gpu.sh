@@ -94,6 +94,9 @@ if [[ $device == cuda ]]; then
     train_with_a_cut mistral-7b
     evaluate mistral-7b
 else
+    make_pair qwen-tiny --width 256 --train-tokens 150000 --evaluation-tokens 1024 --context 64 --batch 64
+    train_with_a_cut qwen-tiny
+    evaluate qwen-tiny
     make_pair mistral-tiny --width 512 --train-tokens 150000 --evaluation-tokens 1024 --context 64 --batch 64
     train_with_a_cut mistral-tiny
     evaluate mistral-tiny

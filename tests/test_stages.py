@@ -10,29 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sae_transfer import signals
+from sae_transfer import pipeline, signals
 from sae_transfer.errors import StudyError
 from sae_transfer.models import conversations
 from sae_transfer.models.chat import read_rollouts, section_positions
 from sae_transfer.models.tokens import load_token_set
 from sae_transfer.pipeline import STAGES, run_stages
 from sae_transfer.saes.training import continued_sae
-from sae_transfer.stages.context import dataset_digests
+from sae_transfer.stages.context import Context, dataset_digests
 from sae_transfer.study_file import load_study
 from tests.asking import Dying
 from tests.checkpoints import words_of
 from tests.saes.saes import ARCHITECTURES, SPARSITY, random_training_sae
 from tests.studies import read_rows, write_study
 
-FIRST_RECORDS = {  # of each stage, with the SAEs that would leave it nothing to do
-    "tokens": ("tokens", ()),
-    "train": ("train-base", ("saes/base-*",)),
-    "finetune": ("finetune", ("saes/finetuned-*",)),
-    "cross-eval": ("cross-eval", ()),
-    "outliers": ("outliers", ()),
-    "instruct": ("rollouts", ()),
-    "weights": ("weights", ()),
-}
 INSTRUCTIONS = [{"instruction": f"the cat sat on {n} red ships", "input": "", "output": "so"} for n in range(40)]
 
 
@@ -69,21 +60,41 @@ def chat_acts(finished: Path, chat: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("stage", "record", "made"),
-    [("train", "scales", ()), *((stage, *rest) for stage, rest in FIRST_RECORDS.items())],
+    ("stage", "record", "made"),  # the stage's first record, and what would leave it nothing to do
+    [
+        ("tokens", "tokens", "tokens"),
+        ("train", "scales", ""),
+        ("train", "train-base", "saes/base-*"),
+        ("finetune", "finetune", "saes/finetuned-*"),
+        ("cross-eval", "cross-eval", ""),
+        ("outliers", "outliers", ""),
+        ("instruct", "rollouts", ""),
+        ("weights", "weights", ""),
+    ],
 )
 def test_no_stage_is_finished_after_a_signal_whose_exception_was_lost(
-    stage: str, record: str, made: tuple[str, ...], study_file: Path, finished: Path, tmp_path: Path
+    stage: str,
+    record: str,
+    made: str,
+    study_file: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "stages" / f"{record}.json").unlink()
-    for directory in (path for pattern in made for path in run.glob(pattern)):
+    for directory in run.glob(made) if made else ():
         shutil.rmtree(directory)
-    with signals.installed():
-        Dying()
-        with pytest.raises(signals.Stopped):
-            run_stages(load_study(study_file), run, (stage,), force=True)
+    work = pipeline._WORK[stage]
+
+    def work_after_a_lost_signal(context: Context) -> None:
+        Dying()  # in the stage: before it, the pipeline looks itself
+        work(context)
+
+    monkeypatch.setitem(pipeline._WORK, stage, work_after_a_lost_signal)
+    with signals.installed(), pytest.raises(signals.Stopped):
+        run_stages(load_study(study_file), run, (stage,), force=True)
     assert not (run / "stages" / f"{record}.json").exists()
 
 

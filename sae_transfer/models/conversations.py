@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_transfer import signals
 from sae_transfer.errors import StudyError
 from sae_transfer.models.chat import (
     Rollout,
@@ -85,7 +84,6 @@ def chat_sequences(
         rollouts += kept
         made += sum(len(rollout.token_ids) for rollout in kept)
         progress(min(made, n_tokens))
-        signals.check()
         if made >= n_tokens:
             ids, lengths = pack(rollouts, pad_id=0)
             return ids, np.arange(ids.shape[1]) < lengths[:, None]

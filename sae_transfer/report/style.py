@@ -56,7 +56,6 @@ RC: Any = {
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
     "svg.hashsalt": "sae-transfer",  # else ids are random
-    "savefig.dpi": DPI,
 }
 
 

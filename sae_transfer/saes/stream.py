@@ -166,7 +166,6 @@ class ActivationStream:
         acts = torch.empty(len(places), self._d_model, dtype=self._splicer.head.weight.dtype, device=self._device)
         per_pass = rows_per_pass(pos, self._device)
         for row in range(places[0] // pos, places[-1] // pos + 1, per_pass):
-            signals.check()  # a block can take minutes, more than a job has that is asked to stop
             passed = run_sequences(self._splicer, self._sequences[row : row + per_pass], self._device).flatten(0, 1)
             begin, end = np.searchsorted(places, [row * pos, (row + per_pass) * pos])
             chosen = torch.from_numpy(places[begin:end] - row * pos).to(self._device)
@@ -183,7 +182,12 @@ def rows_per_pass(pos: int, device: str) -> int:
 
 
 def run_sequences(splicer: Splicer, sequences: NDArray[np.integer], device: str) -> Float[Tensor, "batch pos d_model"]:
-    """Activations at the site of token ids `[seq pos]`, as one pass."""
+    """Activations at the site of token ids `[seq pos]`, as one pass.
+
+    Raises:
+        Stopped: Asked to stop: many passes can take minutes, more than a job has then.
+    """
+    signals.check()
     return splicer.run_to(torch.from_numpy(sequences.astype(np.int64)).to(device))
 
 
@@ -193,9 +197,8 @@ def measure_norm_scale(splicer: Splicer, sequences: NDArray[np.integer], d_model
     Norms in float32, their sum in float64 (Conerly et al., April 2024).
     """
     per_pass = rows_per_pass(sequences.shape[1], device)
-    total = 0.0
-    for row in range(0, len(sequences), per_pass):
-        signals.check()
-        acts = run_sequences(splicer, sequences[row : row + per_pass], device)
-        total += acts.float().norm(dim=-1).double().sum().item()
+    total = sum(
+        run_sequences(splicer, sequences[row : row + per_pass], device).float().norm(dim=-1).double().sum().item()
+        for row in range(0, len(sequences), per_pass)
+    )
     return d_model**0.5 * sequences.size / total

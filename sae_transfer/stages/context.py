@@ -98,6 +98,7 @@ class Context:
                 meter = meter or Meter("tokens", wanted, "sequences")
                 meter.update(done)
 
+            # told here, since the manifest names it before there is a record to find it by
             self.token_set = build_token_set(
                 self.run.root / "tokens",
                 self.base_tokenizer(),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -134,22 +134,18 @@ def supervise(directory: Path, lock: FileLock) -> None:
     """
     slots: dict[int, Child | None] = {}
     complaints: set[str] = set()
-    with signals.deferred():
-        try:
-            write_text(_pid_file(directory), str(os.getpid()))
-            while True:
-                signals.check()
-                _collect(slots, complaints)
-                wanted = int((directory / "jobs" / "slots").read_text())
-                waiting = _fill(directory, slots, wanted, complaints)
-                if not waiting and not any(slots.values()) and _ended(directory, lock):
-                    return
-                time.sleep(POLL_S)
-        finally:
-            try:
-                _stop(slots)
-            finally:
-                _leave(directory, lock)
+    with signals.deferred(), ExitStack() as at_the_end:
+        at_the_end.callback(_leave, directory, lock)  # last, whatever happens before
+        at_the_end.callback(_stop, slots)
+        write_text(_pid_file(directory), str(os.getpid()))
+        while True:
+            signals.check()
+            _collect(slots, complaints)
+            wanted = int((directory / "jobs" / "slots").read_text())
+            waiting = _fill(directory, slots, wanted, complaints)
+            if not waiting and not any(slots.values()) and _ended(directory, lock):
+                return
+            time.sleep(POLL_S)
 
 
 def slot_environment(slot: int, slots: int) -> dict[str, str]:

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,11 +33,11 @@ def test_a_signal_while_the_record_is_written_is_answered_after_it(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     seen: list[str | None] = []
 
-    def preempt(record: Record, **changes: object) -> Record:
+    def preempt(record: Record, **changes: Any) -> Record:
         if "scheduler_id" in changes:  # the lock of the record is held
             signal.raise_signal(signal.SIGUSR2)
             seen.append(read_record(tmp_path, "report").scheduler_id)
-        return replace(record, **changes)  # type: ignore[arg-type]
+        return replace(record, **changes)
 
     monkeypatch.setattr(slurm, "replace", preempt)
     monkeypatch.setattr(slurm, "start", lambda *_: None)
@@ -57,10 +58,10 @@ def test_a_second_signal_does_not_interrupt_the_way_back_into_the_queue(
         asked.append(1)
         job.checkpoint()
 
-    def preempt_again(record: Record, **changes: object) -> Record:
+    def preempt_again(record: Record, **changes: Any) -> Record:
         signal.raise_signal(signal.SIGUSR2)  # the lock of the record is held
         signal.raise_signal(signal.SIGTERM)
-        return replace(record, **changes)  # type: ignore[arg-type]
+        return replace(record, **changes)
 
     monkeypatch.setattr(slurm, "replace", preempt_again)
     signal.signal(signal.SIGUSR2, checkpoint)

@@ -104,9 +104,7 @@ def test_jobs_end_with_their_supervisor_and_go_on_when_asked(llama_pair: Pair, t
     assert records(out)["train-base"].attempts == 1, "an attempt that its user ended does not count"
 
 
-def test_a_job_that_fails_keeps_what_needs_it_from_starting(
-    llama_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_fails_keeps_what_needs_it_from_starting(llama_pair: Pair, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text('{"other": "column"}\n')
     sweep = write_sweep(tmp_path, llama_pair, text, {"saes.widths": [[32]]}, train=BASE_ONLY)
@@ -124,9 +122,10 @@ def test_a_job_that_fails_keeps_what_needs_it_from_starting(
     assert missing["State"] == "failed" and missing["Message"].startswith(cell.message.partition("\n")[0])
     again = cli("sweep", sweep, "--out", out)
     assert "--retry-failed" in again.stderr and "0 jobs submitted" in again.stderr
-    monkeypatch.setattr(local, "supervise", lambda _, lock: lock.release())  # what they would do is not looked at
+    text.write_text('{"text": "the cat sat on the mat and saw ships"}\n' * 2000)
     assert submit_sweep(sweep, out, retry_failed=True, foreground=True) == 3
-    assert (records(out)["train-base"].state, records(out)["train-base"].attempts) == ("submitted", 2)
+    assert records(out)["train-base"].attempts == 2
+    assert read_status(out).counts["done"] == 1
 
 
 def test_a_job_waits_for_an_attempt_that_is_ending_and_keeps_its_log_short(
