@@ -1,6 +1,12 @@
 """The one exception for what a user can mend: it is shown as one message, without traceback, exit code 2."""
 
-OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's CPU allocator, cuBLAS
+# of torch's CPU allocator, of CUDA outside of torch's own allocator, of its libraries
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_ALLOC_FAILED",
+)
 
 
 class StudyError(Exception):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,26 @@ def study_file(tmp_path_factory: pytest.TempPathFactory, llama_pair: tuple[Path,
 
 
 @pytest.fixture(scope="module")
-def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def others_in_memory() -> list[int]:
+    """How many other models were in memory, whenever one was loaded for `finished`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory, others_in_memory: list[int]) -> Path:
     run = tmp_path_factory.mktemp("runs") / "small"
-    run_stages(load_study(study_file), run, STAGES[:-1])  # no test here reads the report
+    embeddings: list[weakref.ref[torch.nn.Module]] = []
+    load: Any = AutoModelForCausalLM.from_pretrained
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        others_in_memory.append(sum(embedding() is not None for embedding in embeddings))
+        loaded = load(*arguments, **options)
+        embeddings.append(weakref.ref(loaded[0].get_input_embeddings()))
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+        run_stages(load_study(study_file), run, STAGES[:-1])  # no test here reads the report
     return run
 
 
@@ -57,6 +75,13 @@ def chat_acts(finished: Path, chat: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(chat)
     with torch.no_grad():
         return scale * model(tokens, output_hidden_states=True).hidden_states[1].flatten(0, 1)
+
+
+@pytest.mark.usefixtures("finished")
+def test_no_model_is_loaded_beside_another(others_in_memory: list[int]) -> None:
+    # both for scales, training and weights, the base model twice for cross-evaluation and outliers; the chat model for
+    # each budget, its answers and their evaluation
+    assert others_in_memory == [0] * (3 * 2 + 2 * 3 + 2 + 2)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from sae_transfer.analysis.metrics import Averaging
 from sae_transfer.analysis.norms import OutlierPolicy, choose_threshold, counted_positions, is_outlier
 from sae_transfer.analysis.rows import Cell, CellLabel, write_rows
 from sae_transfer.analysis.site import OneModelAtATime
-from sae_transfer.models.pair import Checkpoint
 from sae_transfer.models.tokens import TokenSet
 from sae_transfer.progress import Meter
 from sae_transfer.saes.store import StoredSAE
@@ -20,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def cross_evaluate(
     directory: Path,
-    checkpoints: Mapping[str, Checkpoint],
+    models: OneModelAtATime,
     token_set: TokenSet,
     load_saes: Callable[[Mapping[str, float]], Sequence[StoredSAE]],
     *,
@@ -32,24 +31,22 @@ def cross_evaluate(
     averaging: Averaging,
     batch_size: int,
     dtype: str,
-    device: str,
 ) -> dict[str, float]:
     """Evaluate and write rows.csv, transfer.csv and sums.npz.
 
     Args:
         directory: `cross_eval/` of the run; activations lie there while it works, 4 bytes a value.
-        checkpoints: `base` and `chat`.
+        models: `base` and `chat`.
         token_set: Its evaluation sequences are used.
         load_saes: Given c_m of each model, the SAEs; called once the models have been seen to be sound.
-        hook_name: The site.
+        hook_name: The site, for the rows.
         norm_scales: c_m of each model; None measures them on the evaluation tokens.
         outlier_threshold: T, or `auto`.
         outlier_policies: Of `excluded`, `kept`; only `excluded` needs a T.
         scale_policies: Of `matched`, `raw`.
         averaging: `pooled` or `batch`.
         batch_size: Sequences a batch.
-        dtype: Of the models; SAEs and metrics are float32 and float64.
-        device: A torch device.
+        dtype: Of the models, for the rows; SAEs and metrics are float32 and float64.
 
     Returns:
         c_m of each model, as given or measured.
@@ -58,7 +55,6 @@ def cross_evaluate(
         StudyError: Something does not fit, or `auto` finds no threshold.
     """
     sequences = token_set.evaluation
-    models = OneModelAtATime(checkpoints, hook_name, dtype, device)
     with scratch_in(directory) as scratch:
         sites = models.collect(sequences, batch_size, scratch)
         scales = dict(norm_scales or {side: site.norm_scale for side, site in sites.items()})
@@ -69,12 +65,11 @@ def cross_evaluate(
         section = Section.whole(sequences.shape)
         by_name = {sae.name: sae for sae in saes}
         cells: list[Cell] = []
-        for side in reversed(list(checkpoints)):  # the last one is still loaded
-            splicer = models.splicer(side)
+        for side in reversed(list(sites)):  # the last one is still loaded
             outliers = is_outlier(sites[side].norms, scales[side], threshold)
             meter = Meter(f"cross-evaluation on {side}", len(sequences), "sequences")
             sums = evaluate_model(
-                splicer,
+                models.splicer(side),
                 sequences,
                 sites[side],
                 section,
@@ -84,7 +79,7 @@ def cross_evaluate(
                 scale_policies=scale_policies,
                 group_size=batch_size if averaging == "batch" else len(sequences),
                 batch_size=batch_size,
-                device=device,
+                device=models.device,
                 progress=meter.update,
             )
             for key, result in sums.items():
@@ -101,7 +96,7 @@ def cross_evaluate(
                     averaging=averaging,
                 )
                 cells.append(Cell(label, result, int(outliers.sum()), by_name[key.sae].role))
-    order = {side: i for i, side in enumerate(checkpoints)}
+    order = {side: i for i, side in enumerate(sites)}
     cells.sort(key=lambda cell: order[cell.label.model])  # a stable sort: SAEs and policies keep the file's order
     write_rows(directory, cells, averaging, batch_size)
     return scales

@@ -119,7 +119,7 @@ def _summary(answered: Answered, template: str | None, max_new_tokens: int, give
 
 def evaluate_instructions(
     directory: Path,
-    checkpoint: Checkpoint,
+    models: OneModelAtATime,
     saes: Sequence[StoredSAE],
     *,
     sections: Sequence[SectionName],
@@ -130,37 +130,35 @@ def evaluate_instructions(
     scale_policies: Sequence[ScalePolicy],
     batch_size: int,
     dtype: str,
-    device: str,
 ) -> None:
     """Evaluate on the rollouts that are there; write rows.csv, transfer.csv and sums.npz.
 
     Args:
         directory: `instruct/` of the run, with its rollouts.
-        checkpoint: The chat model.
+        models: Of which the chat model is used.
         saes: To be evaluated.
         sections: Of `rollout`, `user_prompt`, `control`; each is spliced and counted by itself.
-        hook_name: The site.
+        hook_name: The site, for the rows.
         norm_scale: c of the chat model, from the pile.
         threshold: T, that of the pile; None where no position is excluded.
         outlier_policies: Of `excluded`, `kept`.
         scale_policies: Of `matched`, `raw`.
         batch_size: Rows a pass; changes no number.
-        dtype: Of the model.
-        device: A torch device.
+        dtype: Of the model, for the rows.
     """
     rollouts = read_rollouts(directory / ROLLOUTS_FILE)
     packed = pack(rollouts, pad_id=0)
     real = np.arange(packed.ids.shape[1]) < packed.lengths[:, None]
-    splicer = OneModelAtATime({"chat": checkpoint}, hook_name, dtype, device).splicer("chat")
+    splicer = models.splicer("chat")
     by_name = {sae.name: sae for sae in saes}
     cells: list[Cell] = []
     with scratch_in(directory) as scratch:
         site = collect_activations(
             splicer,
             packed.ids,
-            d_model=checkpoint.d_model,
+            d_model=models.checkpoints["chat"].d_model,
             batch_size=batch_size,
-            device=device,
+            device=models.device,
             path=scratch / "chat.npy",
             progress=Meter("activations of chat", len(rollouts), "rows").update,
         )
@@ -178,7 +176,7 @@ def evaluate_instructions(
                 scale_policies=scale_policies,
                 group_size=len(rollouts),
                 batch_size=batch_size,
-                device=device,
+                device=models.device,
                 progress=Meter(f"section {name}", len(rollouts), "rows").update,
             )
             for key, result in sums.items():

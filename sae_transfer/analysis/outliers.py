@@ -20,7 +20,6 @@ from sae_transfer.analysis.metrics import METRICS, Bootstrap
 from sae_transfer.analysis.norms import Gap, OutlierPolicy, find_gap
 from sae_transfer.analysis.site import OneModelAtATime, SiteActivations
 from sae_transfer.errors import StudyError, first_line
-from sae_transfer.models.pair import Checkpoint
 from sae_transfer.models.passes import AT_ONCE
 from sae_transfer.models.tokens import TokenSet
 from sae_transfer.progress import Meter
@@ -69,34 +68,28 @@ def kinds_of(sequences: NDArray[np.integer], bos_token_id: int | None, texts: Ma
 
 def describe_outliers(
     directory: Path,
-    checkpoints: Mapping[str, Checkpoint],
+    models: OneModelAtATime,
     token_set: TokenSet,
     decode: Callable[[int], str],
     load_saes: Callable[[Mapping[str, float]], Sequence[StoredSAE]],
     *,
-    hook_name: str,
     norm_scales: Mapping[str, float] | None,
     outlier_threshold: float | str,
     outlier_policies: Sequence[OutlierPolicy],
     batch_size: int,
-    dtype: str,
-    device: str,
 ) -> dict[str, float]:
     """Write rows.csv, tokens.csv, histogram.csv and auto.json; with SAEs also scatter.csv and thresholds.csv.
 
     Args:
         directory: `outliers/` of the run; activations lie there while it works.
-        checkpoints: `base` and `chat`.
+        models: `base` and `chat`.
         token_set: Its evaluation sequences are used.
         decode: Token id -> text.
         load_saes: Given c_m of each model, the SAEs to sweep; may give none.
-        hook_name: The site.
         norm_scales: c_m of each model; None measures them on the evaluation tokens.
         outlier_threshold: T, or `auto`.
         outlier_policies: Only `excluded` needs a T; without it, and where `auto` finds none, no position is an outlier.
         batch_size: Sequences a pass.
-        dtype: Of the models.
-        device: A torch device.
 
     Returns:
         c_m of each model, as given or measured.
@@ -107,7 +100,6 @@ def describe_outliers(
     sequences = token_set.evaluation
     texts = {int(token): decode(int(token)) for token in np.unique(sequences)}
     kinds = kinds_of(sequences, token_set.bos_token_id, texts)
-    models = OneModelAtATime(checkpoints, hook_name, dtype, device)
     with scratch_in(directory) as scratch:
         sites = models.collect(sequences, batch_size, scratch)
         scales = dict(norm_scales or {side: site.norm_scale for side, site in sites.items()})
@@ -117,9 +109,9 @@ def describe_outliers(
         _write_histogram(directory, norms, kinds)
         saes = load_saes(scales)
         if saes:
-            _write_scatter(directory, sites, norms, scales, threshold, kinds, sequences, texts, saes, device)
+            _write_scatter(directory, sites, norms, scales, threshold, kinds, sequences, texts, saes, models.device)
             thresholds = _sweep_points(threshold, norms)
-            _write_sweep(directory, models, sites, norms, scales, sequences, saes, thresholds, batch_size, device)
+            _write_sweep(directory, models, sites, norms, scales, sequences, saes, thresholds, batch_size)
     return scales
 
 
@@ -266,7 +258,6 @@ def _write_sweep(
     saes: Sequence[StoredSAE],
     thresholds: Sequence[float],
     batch_size: int,
-    device: str,
 ) -> None:
     """Every metric with the positions above each threshold excluded, matched scale."""
     section = Section.whole(sequences.shape)
@@ -284,7 +275,7 @@ def _write_sweep(
             scale_policies=("matched",),
             group_size=len(sequences),
             batch_size=batch_size,
-            device=device,
+            device=models.device,
             progress=Meter(f"thresholds on {side}", len(sequences), "sequences").update,
         )
         trained_on = {sae.name: sae.trained_on for sae in saes}

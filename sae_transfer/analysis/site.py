@@ -1,6 +1,5 @@
 """Both models cut at the site, one in memory at a time, and their activations there. Shared by the stages."""
 
-import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from sae_transfer.errors import StudyError
-from sae_transfer.models.pair import Checkpoint, load_model
+from sae_transfer.models.pair import Checkpoint
 from sae_transfer.models.passes import AtOnce, in_passes
-from sae_transfer.models.splice import Splicer, open_splicer
+from sae_transfer.models.splice import Splicer
 from sae_transfer.progress import Meter
 
 
@@ -100,31 +99,30 @@ def reserve(path: Path) -> None:
 
 
 class OneModelAtATime:
-    """Splicers of the two models, of which one is in memory."""
+    """Splicers of the two models, of which one is in memory.
 
-    def __init__(self, checkpoints: Mapping[str, Checkpoint], hook_name: str, dtype: str, device: str) -> None:
+    Attributes:
+        checkpoints: `base` and `chat`.
+        device: Where the models are.
+    """
+
+    def __init__(self, checkpoints: Mapping[str, Checkpoint], load: Callable[[str], Splicer], device: str) -> None:
         """Say which models; none is loaded yet.
 
         Args:
             checkpoints: `base` and `chat`.
-            hook_name: The site.
-            dtype: Of the weights.
-            device: Where to.
+            load: Side -> its model, cut at the site.
+            device: Where it puts it.
         """
-        self._checkpoints, self._hook_name, self._dtype, self._device = checkpoints, hook_name, dtype, device
+        self.checkpoints, self.device, self._load = checkpoints, device, load
         self._side: str | None = None
         self._splicer: Splicer | None = None
 
     def splicer(self, side: str) -> Splicer:
-        """One side, loaded if the other one was."""
+        """One side, loaded if the other one was. Not to be kept by who asks: then both would be in memory."""
         if self._splicer is None or self._side != side:
             self._splicer = None  # the old model's memory before the new one's
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            checkpoint = self._checkpoints[side]
-            model = load_model(checkpoint, dtype=self._dtype, device=self._device)
-            self._splicer, self._side = open_splicer(model, self._hook_name, checkpoint), side
+            self._splicer, self._side = self._load(side), side
         return self._splicer
 
     def collect(self, sequences: NDArray[np.integer], batch_size: int, directory: Path) -> dict[str, SiteActivations]:
@@ -147,9 +145,9 @@ class OneModelAtATime:
                 sequences,
                 d_model=checkpoint.d_model,
                 batch_size=batch_size,
-                device=self._device,
+                device=self.device,
                 path=directory / f"{side}.npy",
                 progress=Meter(f"activations of {side}", len(sequences), "sequences").update,
             )
-            for side, checkpoint in self._checkpoints.items()
+            for side, checkpoint in self.checkpoints.items()
         }

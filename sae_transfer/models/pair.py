@@ -1,5 +1,6 @@
 """Resolve and load one side of the pair; say whether the two sides agree."""
 
+import gc
 import json
 import logging
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_transfer import demo
-from sae_transfer.errors import StudyError, first_line
+from sae_transfer.errors import StudyError, first_line, is_out_of_memory
 from sae_transfer.study import digest, sampled_digest
 
 logger = logging.getLogger(__name__)
@@ -277,6 +278,11 @@ def load_model(checkpoint: Checkpoint, *, dtype: str, device: str, layers: int |
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    from sae_transfer.models.attention import repeat_keys
+
+    gc.collect()  # an earlier model, whose modules may refer to each other, before the new one's weights
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     transformers_logging.disable_progress_bar()  # ours is drawn instead
     verbosity = transformers_logging.get_verbosity()
     try:
@@ -293,6 +299,8 @@ def load_model(checkpoint: Checkpoint, *, dtype: str, device: str, layers: int |
             output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise StudyError(
             f"{checkpoint.source}: cannot be loaded from {checkpoint.directory} ({type(error).__name__}: {error})",
             "a truncated file is the usual cause: fetch or copy the checkpoint again",
@@ -307,7 +315,10 @@ def load_model(checkpoint: Checkpoint, *, dtype: str, device: str, layers: int |
             f"{checkpoint.source}: {len(absent)} weights are missing or of the wrong shape, the first is {absent[0]}",
             "fetch or copy the checkpoint again",
         )
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if dtype == "float32" and model.device.type == "cuda":
+        repeat_keys(model)
+    return model
 
 
 def _cut(config: Any, layers: int) -> None:

@@ -10,6 +10,7 @@ way.
 
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -175,8 +176,9 @@ class Gradients:
         torch.addmm(W_dec_grad, acts, self._error, beta=beta, out=W_dec_grad)
         # a strip of features at a time: the sparse product comes transposed, and large temporaries cost page faults
         size = max(BLOCK_ROWS, STRIP_ELEMENTS[self._x.device.type] // self._x.shape[1])
-        for strip in _slices(len(self._W_dec), size):
-            first, last = int(ends[strip.start]), int(ends[strip.stop])
+        strips = list(_slices(len(self._W_dec), size))
+        bounds = ends[[0, *(strip.stop for strip in strips)]].tolist()  # all at once: a GPU is waited for
+        for strip, (first, last) in zip(strips, pairwise(bounds), strict=True):
             own = starts[strip.start : strip.stop + 1] - starts[strip.start]
             shape = (strip.stop - strip.start, len(self._x))
             part = (_csr(own, rows[first:last], grads[first:last], shape) @ self._encoder_in).T

@@ -12,7 +12,7 @@ class ClippingAdam(torch.optim.Adam):
     """Fused Adam that clips the norm of all gradients together to `CLIP_NORM` first.
 
     Clipping is a factor on every gradient, and the fused kernel divides by a factor anyway (`grad_scale`, made for
-    mixed precision): so it costs one pass for the norm and none for the scaling. The gradients are left scaled.
+    mixed precision): so it costs one pass for the norm and no other. The gradients are left scaled, by the same kernel.
     """
 
     def __init__(self, parameters: Any, lr: float, betas: tuple[float, float]) -> None:

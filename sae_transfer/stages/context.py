@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sae_transfer.analysis.metrics import BOOTSTRAP_SEED
+from sae_transfer.analysis.site import OneModelAtATime
 from sae_transfer.config import SIDES, Study, study_hash
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import (
@@ -79,7 +80,7 @@ class Context:
         self.study, self.run, self.force, self.redo, self.retry_lr = study, run, force, redo, retry_lr
         self.checkpoints, self.fingerprints, self.device = checkpoints, fingerprints, device
         self.tracker, self.found = tracker, found
-        self._agreement: dict[str, Any] = {}  # of each model's splicer for training with TransformerLens
+        self._agreement: dict[str, Any] = {}  # of splicers with TransformerLens
         on_gpu = device.startswith("cuda")
         asked = study.pair.dtype
         self.training_dtype = ("bfloat16" if on_gpu else "float32") if asked == "auto" else asked
@@ -287,16 +288,25 @@ class Context:
         write_json(self.run.root / "scales.json", {**scales, "measured_on": source})
 
     def splicer_for_training(self, side: str, device: str) -> Splicer:
-        """One model as far as the site; the manifest will say how it is cut there, and how exactly."""
+        """One model as far as the site."""
+        layers = layers_to(self.study.site.hook_name, self.checkpoints[side].n_layers)
+        return self._splicer(side, self.training_dtype, device, layers)
+
+    def models_for_evaluation(self) -> OneModelAtATime:
+        """Both models, whole, of which one is in memory."""
+        return OneModelAtATime(
+            self.checkpoints, lambda side: self._splicer(side, self.evaluation_dtype, self.device), self.device
+        )
+
+    def _splicer(self, side: str, dtype: str, device: str, layers: int | None = None) -> Splicer:
+        """One model cut at the site; the manifest will say how, and how exactly."""
         checkpoint, hook_name = self.checkpoints[side], self.study.site.hook_name
-        layers = layers_to(hook_name, checkpoint.n_layers)
         with _LOADING:
-            model = load_model(checkpoint, dtype=self.training_dtype, device=device, layers=layers)
+            model = load_model(checkpoint, dtype=dtype, device=device, layers=layers)
             splicer = open_splicer(model, hook_name, checkpoint)
         difference = splicer.difference
-        self._agreement[side] = {
+        self._agreement[f"{side}-{dtype}"] = {
             "path": "restart" if splicer.restarts else "whole passes",
-            "dtype": self.training_dtype,
             "difference": difference if difference is not None and math.isfinite(difference) else None,
         }
         return splicer
@@ -322,7 +332,7 @@ class Context:
                 "saes": sorted({spec.seed for spec in self.study.sae_specs()}),
                 "bootstrap": BOOTSTRAP_SEED,
             },
-            "device": torch.cuda.get_device_name() if self.device.startswith("cuda") else self.device,
+            "device": torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else self.device,
         }
 
 

@@ -10,7 +10,6 @@ from sae_transfer.analysis.cross_eval import cross_evaluate
 from sae_transfer.analysis.instruct import ROLLOUTS_FILE, evaluate_instructions, make_rollouts, threshold_of
 from sae_transfer.analysis.norms import choose_threshold, is_outlier
 from sae_transfer.analysis.outliers import describe_outliers
-from sae_transfer.analysis.site import OneModelAtATime
 from sae_transfer.analysis.weights import compare
 from sae_transfer.config import SIDES, Instruct, require_saes
 from sae_transfer.saes.store import WEIGHTS_FILE
@@ -48,7 +47,7 @@ def cross_eval(context: Context) -> None:
     def work() -> None:
         measured = cross_evaluate(
             context.run.root / "cross_eval",
-            context.checkpoints,
+            context.models_for_evaluation(),
             context.token_set,
             lambda norm_scales: load_saes(context, own, study.external_saes, norm_scales),
             hook_name=study.site.hook_name,
@@ -59,7 +58,6 @@ def cross_eval(context: Context) -> None:
             averaging=evaluate.averaging,
             batch_size=evaluate.batch_size,
             dtype=context.evaluation_dtype,
-            device=context.device,
         )
         if scales is None:
             context.write_scales(measured, "the evaluation tokens")
@@ -89,17 +87,14 @@ def outliers(context: Context) -> None:
         tokenizer = context.base_tokenizer()
         measured = describe_outliers(
             context.run.root / "outliers",
-            context.checkpoints,
+            context.models_for_evaluation(),
             context.token_set,
             lambda token: tokenizer.decode([token]) if tokenizer else f"<{token}>",
             lambda norm_scales: load_saes(context, own, external, norm_scales),
-            hook_name=study.site.hook_name,
             norm_scales=scales,
             outlier_threshold=evaluate.outlier_threshold,
             outlier_policies=evaluate.outliers,
             batch_size=evaluate.batch_size,
-            dtype=context.evaluation_dtype,
-            device=context.device,
         )
         if scales is None:
             context.write_scales(measured, "the evaluation tokens")
@@ -136,7 +131,7 @@ def instruct(context: Context) -> None:
     def work() -> None:
         evaluate_instructions(
             directory,
-            context.checkpoints["chat"],
+            context.models_for_evaluation(),
             load_saes(context, own, study.external_saes, scales),
             sections=instruct.sections,
             hook_name=study.site.hook_name,
@@ -146,7 +141,6 @@ def instruct(context: Context) -> None:
             scale_policies=evaluate.scale,
             batch_size=instruct.batch_size,
             dtype=context.evaluation_dtype,
-            device=context.device,
         )
 
     context.stage("instruct", inputs, work)
@@ -195,7 +189,7 @@ def weights(context: Context) -> None:
 
     def work() -> None:
         directory = context.run.root / "weights"
-        models = OneModelAtATime(context.checkpoints, study.site.hook_name, context.evaluation_dtype, context.device)
+        models = context.models_for_evaluation()
         with scratch_in(directory) as scratch:
             sites = models.collect(context.token_set.evaluation, study.evaluate.batch_size, scratch)
             used = scales or {side: site.norm_scale for side, site in sites.items()}

@@ -84,20 +84,32 @@ def carry_out(tasks: Sequence[Task], device: str) -> None:
     missing = [0] * len(due)
     failure: Diverged | None = None
     for shared in zip(*plans, strict=True):
-        trainees = [[_of_pass(trainee, own) for trainee in own.trainees(device)] for own in shared]
-        try:
-            together = list(chain.from_iterable(trainees))
-            stream = shared[0].open_stream(device, throughput)
-            train_saes(together, stream, device=device, label=shared[0].label, on_accepted=adopt, **shared[0].options)
-        except Diverged as diverged:  # the other passes do not depend on it
-            failure = failure or diverged
-        for index, own in enumerate(trainees):
-            missing[index] += sum(not is_trained(trainee.directory, trainee.identity) for trainee in own)
+        not_stored, diverged = _train(shared, device, throughput, adopt)
+        missing = [sum(pair) for pair in zip(missing, not_stored, strict=True)]
+        failure = failure or diverged  # the other passes do not depend on it
     for task, n_missing in zip(due, missing, strict=True):
         if not n_missing:
             task.finish(time.monotonic() - started, throughput)
     if failure:
         raise failure
+
+
+def _train(
+    shared: Sequence[Pass], device: str, throughput: Throughput, adopt: Callable[[], None]
+) -> tuple[list[int], Diverged | None]:
+    """Train what several studies have on one pass; how many SAEs of each are not stored, and why.
+
+    A function of its own: model, SAEs and moments leave the memory with it, before those of the next pass come.
+    """
+    failure = None
+    trainees = [[_of_pass(trainee, own) for trainee in own.trainees(device)] for own in shared]
+    try:
+        together = list(chain.from_iterable(trainees))
+        stream = shared[0].open_stream(device, throughput)
+        train_saes(together, stream, device=device, label=shared[0].label, on_accepted=adopt, **shared[0].options)
+    except Diverged as diverged:
+        failure = diverged.with_traceback(None)  # which would keep all of them
+    return [sum(not is_trained(trainee.directory, trainee.identity) for trainee in own) for own in trainees], failure
 
 
 def _of_pass(trainee: Trainee, own: Pass) -> Trainee:

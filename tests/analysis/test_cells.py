@@ -13,7 +13,7 @@ from sae_transfer.analysis.cells import CellKey, CellSums, ScalePolicy, Section,
 from sae_transfer.analysis.metrics import Bootstrap
 from sae_transfer.analysis.norms import counted_positions, is_outlier
 from sae_transfer.analysis.site import collect_activations
-from sae_transfer.models.pair import resolve
+from sae_transfer.models.pair import load_model, resolve
 from sae_transfer.models.passes import AtOnce
 from sae_transfer.models.splice import open_splicer
 from sae_transfer.saes.store import StoredSAE
@@ -41,12 +41,13 @@ def evaluate(
     scales: tuple[Any, ...] = ("matched",),
     group_size: int = N_SEQ,
     batch_size: int = 4,
+    device: str = "cpu",
 ) -> dict[CellKey, CellSums]:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
-    splicer = open_splicer(model, hook, resolve(str(directory)))
+    checkpoint = resolve(str(directory))
+    splicer = open_splicer(load_model(checkpoint, dtype="float32", device=device), hook, checkpoint)
     rows = token_rows()
     site = collect_activations(
-        splicer, rows, d_model=32, batch_size=4, device="cpu", path=tmp_path / "acts.npy", progress=lambda n: None
+        splicer, rows, d_model=32, batch_size=4, device=device, path=tmp_path / "acts.npy", progress=lambda n: None
     )
     section = Section.whole(rows.shape)
     return evaluate_model(
@@ -62,7 +63,7 @@ def evaluate(
         scale_policies=scales,
         group_size=group_size,
         batch_size=batch_size,
-        device="cpu",
+        device=device,
         progress=lambda n: None,
     )
 
@@ -157,6 +158,21 @@ def test_every_metric_equals_the_brute_force_computation(architecture: str, mode
         for metric, value in expected.items():
             tolerance = {"mse": 2e-5 * value, "l0": 2 / (N_SEQ * POS)}.get(metric, 2e-6)
             assert ours[metric] == pytest.approx(value, abs=tolerance), (key, metric)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["llama", "gpt_neox", "gemma2"])
+def test_on_a_gpu_the_metrics_are_those_of_the_cpu(model: str, tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "m", model)
+    save_inference(random_training_sae("standard"), tmp_path / "sae")
+    sae = SAE.load_from_disk(tmp_path / "sae")
+    threshold = 0.9 * norm_quantile(directory, 0.8)
+    expected, found = (
+        evaluate(directory, tmp_path, [stored(sae.to(device), 0.6)], threshold=threshold, device=device)
+        for device in ("cpu", "cuda")
+    )
+    for key, cell in expected.items():
+        assert values(found[key]) == pytest.approx(values(cell), rel=1e-4, abs=1e-5), key
 
 
 def test_an_identity_sae_changes_nothing(tmp_path: Path) -> None:

@@ -59,6 +59,17 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, llama_pair: tuple[Path
     assert resolve(str(pickled), weights=False).d_model == 32
 
 
+def test_too_little_memory_is_not_taken_for_a_damaged_file(
+    llama_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_model(resolve(str(llama_pair[0])), dtype="float32", device="cpu")
+
+
 def test_a_truncated_weight_file_is_refused(tmp_path: Path, llama_pair: tuple[Path, Path]) -> None:
     damaged = copy_of(llama_pair[0], tmp_path / "damaged")
     weights = damaged / "model.safetensors"

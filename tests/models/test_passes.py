@@ -95,6 +95,7 @@ def test_only_errors_of_memory_are_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as too_large:
         torch.empty(2**60)
     assert is_out_of_memory(too_large.value)
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with ..."))
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as shapes:
         torch.mm(torch.ones(2, 3), torch.ones(2, 3))

@@ -52,6 +52,17 @@ def test_fold_then_unfold_returns_the_sae(architecture: str) -> None:
         torch.testing.assert_close(tensor, before[name], atol=1e-6, rtol=1e-6)
 
 
+def test_too_little_memory_is_not_taken_for_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_trained(random_training_sae("standard"), 1.7, tmp_path / "base-x", PROVENANCE)
+
+    def load(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SAE, "load_from_disk", load)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_own(tmp_path / "base-x", "cpu")
+
+
 def test_an_own_sae_comes_back_with_its_factor(tmp_path: Path) -> None:
     save_trained(random_training_sae("standard"), 1.7, tmp_path / "base-x", PROVENANCE)
     stored = load_own(tmp_path / "base-x", "cpu")

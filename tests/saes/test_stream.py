@@ -11,6 +11,7 @@ import torch
 
 from sae_transfer.saes import stream as stream_module
 from sae_transfer.saes.stream import ActivationStream, measure_norm_scale
+from tests.devices import DEVICES
 
 D_MODEL = 4
 
@@ -47,6 +48,7 @@ def make(
     seed: int = 0,
     drop: float | None = None,
     prefetches: bool = False,
+    device: str = "cpu",
 ) -> tuple[ActivationStream, PositionSplicer]:
     """A stream in blocks of three batches over sequences whose token ids count up."""
     monkeypatch.setattr(stream_module, "BLOCK_BYTES", 3 * 4 * D_MODEL * batch_size)
@@ -62,7 +64,7 @@ def make(
         n_batches=n_batches,
         seed=seed,
         drop_norm_above=drop,
-        device="cpu",
+        device=device,
         prefetches=prefetches,
     )
     return stream, splicer
@@ -86,16 +88,19 @@ def test_any_batch_can_be_reached_alone(monkeypatch: pytest.MonkeyPatch) -> None
         assert splicer.passes == 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("drop", [None, 1.5])
-def test_a_stream_that_prefetches_gives_the_same_batches(monkeypatch: pytest.MonkeyPatch, drop: float | None) -> None:
+def test_a_stream_that_prefetches_gives_the_same_batches(
+    monkeypatch: pytest.MonkeyPatch, drop: float | None, device: str
+) -> None:
     plain, _ = make(monkeypatch, pos=10, batch_size=16, n_batches=8, drop=drop)
-    ahead, splicer = make(monkeypatch, pos=10, batch_size=16, n_batches=8, drop=drop, prefetches=True)
+    ahead, splicer = make(monkeypatch, pos=10, batch_size=16, n_batches=8, drop=drop, prefetches=True, device=device)
     expected = list(plain.batches())
-    assert all(torch.equal(a, b) for a, b in zip(ahead.batches(), expected, strict=True))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ahead.batches(), expected, strict=True))
     assert splicer.passes == 3  # each of the blocks once
     assert all(name.startswith("activations") for name in splicer.threads)
-    assert torch.equal(ahead.batch(1), expected[1])  # back to an earlier block
-    assert all(torch.equal(a, b) for a, b in zip(ahead.batches(4), expected[4:], strict=True))
+    assert torch.equal(ahead.batch(1).cpu(), expected[1])  # back to an earlier block
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ahead.batches(4), expected[4:], strict=True))
 
 
 def test_the_next_block_is_begun_with_the_present_one_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_transfer.saes import gradients
 from sae_transfer.saes.trainer import FastTrainer
 from sae_transfer.saes.training import new_sae
+from tests.devices import DEVICES
 from tests.saes.saes import ARCHITECTURES, SPARSITY
 
 D_IN, D_SAE, BATCH = 16, 256, 96
@@ -130,11 +131,12 @@ def test_cut_and_resumed_is_the_uncut_training_bit_for_bit(architecture: str, tm
         assert torch.equal(second.n_forward_passes_since_fired, whole.n_forward_passes_since_fired)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("architecture", ["standard", "topk", "batchtopk"])
-def test_bfloat16_steps_on_the_cpu_learn_as_well(architecture: str) -> None:
+def test_bfloat16_steps_learn_as_well(architecture: str, device: str) -> None:
     config = configured()
-    config.autocast = True
-    losses = run(FastTrainer(config, new(architecture)), batches(120))
+    config.autocast, config.device = True, device
+    losses = run(FastTrainer(config, new(architecture).to(device)), batches(120))
     exact = run(FastTrainer(configured(), new(architecture)), batches(120))
     assert losses[-1] == pytest.approx(exact[-1], rel=0.05)
 
