@@ -1,13 +1,14 @@
 """The parts of a study on a GPU, as fractions of what it can do: Mistral-7B shapes, width 131,072, batch 4096.
 
-    .venv/bin/python scripts/bench_gpu.py            one GPU, about five minutes, no network, no files but the results
+    .venv/bin/python scripts/bench_gpu.py            one GPU, about five minutes, no network
     .venv/bin/python scripts/bench_gpu.py --small    small shapes on the CPU, to see that it works
 
 Measures first the machine's matrix rates and bandwidth. Then, with random weights and the package's own code: the model
 up to the site, an SAE's step with many and with few active features, Adam, the whole training step with its stream, a
-checkpoint, and cross-evaluation. Fractions are of the measured rates, by the counts that `sae-transfer check` uses: of
-all that is counted, and of the matrix products alone. Hours are those of 800M tokens. Writes
-results/benchmarks/gpu.json.
+checkpoint (12 GiB in TMPDIR), and cross-evaluation. Fractions are of the measured rates, by the counts that
+`sae-transfer check` uses: of all that is counted, and of the matrix products alone. Hours are those of 800M tokens; of
+the whole training a little too many, as nothing runs beside its first block and its last steps. Writes
+results/benchmarks/gpu.json, anew after each part.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from sae_transfer.saes.stream import ActivationStream
 from sae_transfer.saes.trainer import FastTrainer
 
 TOKENS = 800e6  # the post's, for Mistral-7B
-FEW_ACTIVE = 100  # features of a token, as of an SAE trained with the post's settings
+MANY_IN_FEW = 100  # active features of a token, as of an SAE trained with the post's settings; fewer in a narrow one
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ class Result:
 class Bench:
     """The device, its measured rates, and what was found."""
 
-    def __init__(self, sizes: Sizes, device: str, repeats: int) -> None:
-        """Measure the machine."""
-        self.sizes, self.device, self._repeats = sizes, device, repeats
+    def __init__(self, sizes: Sizes, device: str, repeats: int, out: Path | None) -> None:
+        """Measure the machine; `out` is where results go."""
+        self.sizes, self.device, self._repeats, self._out = sizes, device, repeats, out
         self.on_gpu = device != "cpu"
         self.precision: Precision = "bfloat16" if self.on_gpu else "float32"
         self.dtype = getattr(torch, self.precision)
@@ -145,6 +146,20 @@ class Bench:
         products = sum(part.flops / self.machine.rates[part.precision] for part in parts)
         self.results.append(Result(name, taken, n_tokens, parts, bound / taken.median, products / taken.median))
         say(f"{name}: {taken} s, {bound / taken.median:.0%} of the bound")
+        self.write()
+
+    @property
+    def few_active(self) -> int:
+        """Active features of a token in a step that is to be sparse."""
+        return min(MANY_IN_FEW, int(0.8 * SPARSE_BELOW[torch.device(self.device).type] * self.sizes.d_sae))
+
+    def write(self) -> None:
+        """Write down what has been found."""
+        if self._out is None:
+            return
+        parts = [{**asdict(result), "hours_of_800M_tokens": result.hours} for result in self.results]
+        found = {"parts": parts, "l0": self.l0, "checkpoint": self.checkpoint}
+        write_json(self._out, {"sizes": asdict(self.sizes), "measured": asdict(self.machine), **found})
 
     def note_l0(self, name: str, trainer: FastTrainer, batch: torch.Tensor) -> None:
         """Keep the L0 of a part whose steps were to be sparse, or end where they were not."""
@@ -152,6 +167,7 @@ class Bench:
         if l0 > SPARSE_BELOW[batch.device.type] * self.sizes.d_sae:
             raise SystemExit(f"{name}: L0 is {l0:.0f}, and the step was dense")
         say(f"{name}: L0 {l0:.0f} of {self.sizes.d_sae}")
+        self.write()
 
 
 def random_model(sizes: Sizes, n_layers: int, dtype: torch.dtype, device: str) -> Any:
@@ -210,11 +226,11 @@ def training(bench: Bench) -> None:
     spec = SAESpec("standard", sizes.d_sae, "l1_coefficient", 3, 0)
     adam = adam_part(spec, shape.d_model)
     dense = sae_step_part(spec, shape.d_model, bench.precision).times(sizes.batch)
-    few = sae_step_part(spec, shape.d_model, bench.precision, FEW_ACTIVE).times(sizes.batch)
+    few = sae_step_part(spec, shape.d_model, bench.precision, bench.few_active).times(sizes.batch)
     trainer = new_trainer(bench, shape.d_model, 1000)
     batch = torch.randn(sizes.batch, shape.d_model, device=bench.device)
     bench.measure("SAE step, many active", lambda: trainer.step(batch), sizes.batch, dense, adam)
-    make_few_active(trainer, batch)
+    make_few_active(bench, trainer, batch)
     bench.measure("SAE step, few active", lambda: trainer.step(batch), sizes.batch, few, adam)
     bench.note_l0("SAE step, few active", trainer, batch)
     for parameter in trainer.sae.parameters():
@@ -225,7 +241,7 @@ def training(bench: Bench) -> None:
     n_rows = -(-sizes.n_steps * sizes.batch // sizes.context) + 1
     ids = random_ids(sizes, n_rows, shape.d_vocab)
 
-    def stream() -> ActivationStream:
+    def stream(*, prefetches: bool) -> ActivationStream:
         return ActivationStream(
             splicer,
             ids,
@@ -236,30 +252,30 @@ def training(bench: Bench) -> None:
             seed=0,
             drop_norm_above=None,
             device=bench.device,
-            prefetches=bench.on_gpu,
+            prefetches=prefetches,
         )
 
     def train(trainer: FastTrainer) -> None:
-        for step in stream().batches():
+        for step in stream(prefetches=bench.on_gpu).batches():
             trainer.step(step)
 
     n_tokens = sizes.n_steps * sizes.batch
+    first = stream(prefetches=False).batch(0)
     for name, step in (("many", dense), ("few", few)):
         trainer = new_trainer(bench, shape.d_model, 10 * sizes.n_steps)
         if name == "few":
-            make_few_active(trainer, stream().batch(0))
+            make_few_active(bench, trainer, first)
         whole = (to_site.times(n_tokens), step.times(sizes.n_steps), adam.times(sizes.n_steps))
         bench.measure(f"whole training, {name} active", partial(train, trainer), n_tokens, *whole)
-    bench.note_l0("whole training, few active", trainer, stream().batch(0))
+    bench.note_l0("whole training, few active", trainer, first)
     save_checkpoint(bench, trainer)
 
 
 @torch.no_grad()
-def make_few_active(trainer: FastTrainer, batch: torch.Tensor) -> None:
+def make_few_active(bench: Bench, trainer: FastTrainer, batch: torch.Tensor) -> None:
     """Lower the encoder's bias until few features are active, as they are late in training."""
     pre_acts = batch[:256] @ trainer.sae.W_enc
-    sparse = SPARSE_BELOW[batch.device.type] * trainer.sae.cfg.d_sae
-    kept = min(FEW_ACTIVE, int(0.8 * sparse)) * len(pre_acts)
+    kept = bench.few_active * len(pre_acts)
     trainer.sae.get_parameter("b_enc").fill_(-pre_acts.flatten().topk(kept).values[-1])
 
 
@@ -272,6 +288,7 @@ def save_checkpoint(bench: Bench, trainer: FastTrainer) -> None:
         n_bytes = sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
     say(f"checkpoint: {taken:.1f} s for {n_bytes / 2**30:.1f} GiB, {n_bytes / taken / 1e9:.2f} GB/s")
     bench.checkpoint = {"seconds": taken, "bytes": n_bytes}
+    bench.write()
 
 
 def evaluation(bench: Bench) -> None:
@@ -327,7 +344,8 @@ def main() -> None:
     sizes = SMALL if arguments.small else FULL
     if arguments.width is not None:
         sizes = Sizes(**{**vars(sizes), "d_sae": arguments.width})
-    bench = Bench(sizes, "cpu" if arguments.small else "cuda", arguments.repeats)
+    out = arguments.out or (None if arguments.small else Path("results/benchmarks/gpu.json"))
+    bench = Bench(sizes, "cpu" if arguments.small else "cuda", arguments.repeats, out)
     device = bench.machine
     say(
         f"{machine()['gpu'] or machine()['cpu']}: {device.tflops:.3g} TFLOP/s, {device.tflops_float32:.3g} in float32,"
@@ -346,11 +364,6 @@ def main() -> None:
     if bench.on_gpu:
         peak = torch.cuda.max_memory_allocated() / 2**30
         say(f"most memory: {peak:.1f} GiB")
-    out = arguments.out or (None if arguments.small else Path("results/benchmarks/gpu.json"))
-    if out is not None:
-        found = [{**asdict(result), "hours_of_800M_tokens": result.hours} for result in bench.results]
-        result = {"sizes": asdict(sizes), "measured": asdict(device), "parts": found}
-        write_json(out, {**result, "l0": bench.l0, "checkpoint": bench.checkpoint})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The post's three pairs from text to report, on one GPU. For an H200 `sae-transfer check` estimates at least 11 hours (expect
+# The post's three pairs from text to report, on one GPU. For an H200 `sae-transfer check` estimates at least 11.5 hours (expect
 # half as much again), 46 GiB of its memory, and 52 GiB of disk for results beside 42 GB of models. Arguments go to every command
 # below, for example to go through all of it in small:
 #   scripts/reproduce_post.sh --set train.tokens=1M --set saes.widths=[1024]

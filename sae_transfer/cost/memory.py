@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from itertools import compress
+from operator import not_
 
 from sae_transfer.config import SAESpec, Study
 from sae_transfer.cost.shape import ModelShape, sae_params
@@ -9,7 +11,7 @@ from sae_transfer.cost.work import BY_HAND, BYTES, Precision, is_sparse
 
 # Interpreter and libraries on a CPU (resident, measured); context, kernels and workspaces on a GPU.
 LIBRARIES = {"cpu": 0.6 * 2**30, "gpu": 2**30}
-TRAINED_BYTES = 16  # a parameter: weight, gradient and two moments, float32
+TRAINED_BYTES, GRADIENT_BYTES = 12, 4  # a parameter: weight and two moments; its gradient while it is there; float32
 BLOCK_VALUES = 2**29  # activations of the training stream held at once: 2 GiB in float32
 PASS_TOKENS = {"cpu": 2_048, "gpu": 16_384}  # that run up to the site at once in training
 # While SAEs are evaluated: tokens of one pass of the model (a sequence at least), values of [tok d_sae] (256 tokens at
@@ -19,6 +21,10 @@ LOGITS = {"cpu": 2**19, "gpu": 2**26}
 # Elements of [tok d_sae] at once in a step by hand; [batch d_sae] alive at once in SAELens's autograd, which took 17 to
 # 21 GB at batch 4096 and width 131072.
 STEP_ELEMENTS, AUTOGRAD_ALIVE = {"cpu": 2**21, "gpu": 2**30}, 10
+SCORE_BYTES = 11  # of an attention score where attention is not fused: measured 8.5 to 9.9 in float32, 10.8 in bfloat16
+# The share of features taken for dead, and SAELens's number of steps before the first can be: topk and batchtopk hold
+# four float32 arrays [batch dead] to revive them, and their decoder rows with the gradient.
+DEAD_SHARE, DEAD_AFTER = 0.5, 1000
 
 
 @dataclass(frozen=True)
@@ -77,21 +83,27 @@ def training_memory(
     """
     n_bytes = BYTES[precision]
     params = [sae_params(spec, shape.d_model) for spec in specs]
+    # the gradients of a step by hand stay on a CPU, any others go with their step
+    stays = [not gpu and _is_by_hand(spec, gpu=gpu) for spec in specs]
+    gradients = sum(compress(params, stays)) + max(compress(params, map(not_, stays)), default=0)
     cast = 2 * max(params) if autocast else 0
     positions = min(BLOCK_VALUES // shape.d_model, n_tokens)
     block = positions * (shape.d_model * n_bytes + 8)
     context = study.tokens.context_size
     n_at_once = min(max(1, PASS_TOKENS["gpu" if gpu else "cpu"] // context) * context, n_tokens + context)
-    passes = n_at_once * pass_values(shape) * n_bytes
+    passes = n_at_once * _pass_bytes(study, shape, n_bytes)
     if gpu and precision == "bfloat16":  # the next block is made beside the steps
         block, passes = 2 * block + passes, 0.0
     return Memory(
         libraries=LIBRARIES["gpu" if gpu else "cpu"],
         model=weights_bytes(shape, study.site.n_layers_below, n_bytes),
-        saes=sum(params) * TRAINED_BYTES + cast,
+        saes=sum(params) * TRAINED_BYTES + gradients * GRADIENT_BYTES + cast,
         activations=block + 4 * 4 * batch_size * shape.d_model,
         passes=passes,
-        features=max(_step_bytes(spec, batch_size, autocast=autocast, gpu=gpu) for spec in specs),
+        features=max(
+            _step_bytes(spec, shape.d_model, batch_size, n_tokens // batch_size, autocast=autocast, gpu=gpu)
+            for spec in specs
+        ),
     )
 
 
@@ -120,7 +132,7 @@ def evaluation_memory(
         model=weights_bytes(shape, shape.n_layers, BYTES[precision]),
         saes=sum(2 * shape.d_model * width + width + shape.d_model for width in widths) * 4,
         activations=(5 * n_tokens + 4 * n_pass) * shape.d_model * 4 + mapped,
-        passes=max(n_pass * pass_values(shape) * BYTES[precision], 3 * 4 * LOGITS[where]),
+        passes=max(n_pass * _pass_bytes(study, shape, BYTES[precision]), 3 * 4 * LOGITS[where]),
         features=3 * 4 * min(n_tokens * widest, max(EVALUATED_FEATURES[where], 256 * widest)),
     )
 
@@ -139,10 +151,27 @@ def pass_values(shape: ModelShape) -> int:
     return 6 * shape.d_model + max(3 * shape.d_mlp, 4 * shape.d_attention + 4 * shape.d_kv)
 
 
-def _step_bytes(spec: SAESpec, batch_size: int, *, autocast: bool, gpu: bool) -> float:
+def _pass_bytes(study: Study, shape: ModelShape, n_bytes: int) -> float:
+    """Of a pass of the language model, a token."""
+    # other hooks than these are TransformerLens's, which shows all scores
+    is_fused = shape.fuses_attention and study.site.hook in ("resid_pre", "resid_post")
+    scores = 0 if is_fused else SCORE_BYTES * shape.n_heads * study.tokens.context_size
+    return pass_values(shape) * n_bytes + scores
+
+
+def _is_by_hand(spec: SAESpec, *, gpu: bool) -> bool:
+    return spec.architecture in BY_HAND and (spec.sparsity_key != "k" or is_sparse(spec, gpu=gpu))
+
+
+def _step_bytes(spec: SAESpec, d_in: int, batch_size: int, n_steps: int, *, autocast: bool, gpu: bool) -> float:
     n_values = batch_size * spec.d_sae
-    if spec.architecture not in BY_HAND or (spec.sparsity_key == "k" and not is_sparse(spec, gpu=gpu)):
+    if not _is_by_hand(spec, gpu=gpu):
         return AUTOGRAD_ALIVE * 4 * n_values
+    reviving = 0.0
+    if spec.sparsity_key == "k" and n_steps > DEAD_AFTER:
+        reviving = 4 * DEAD_SHARE * spec.d_sae * (4 * batch_size + 2 * d_in)
     if spec.architecture != "batchtopk":  # whose choice is one of the whole batch
         n_values = min(n_values, max(STEP_ELEMENTS["gpu" if gpu else "cpu"], 256 * spec.d_sae))
-    return 3 * (2 if autocast else 4) * n_values
+    # in bfloat16 a weight's gradient has a place of its own before it is added
+    third = max(n_values, d_in * spec.d_sae) if autocast else n_values
+    return reviving + (2 if autocast else 4) * (2 * n_values + third)

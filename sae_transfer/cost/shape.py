@@ -19,6 +19,8 @@ TIED_BY_DEFAULT = {
     "gpt_neox": False,
     "gpt2": True,
 }
+# Their soft-cap on attention scores is beyond SDPA (transformers 5.23).
+WITH_CAPPED_SCORES = ("gemma2",)
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ModelShape:
 
     Attributes:
         d_model: Width of the residual stream.
+        n_heads: Of queries.
         d_attention: Heads times their width.
         d_kv: Key-value heads times their width.
         d_mlp: Width inside the MLP.
@@ -36,9 +39,11 @@ class ModelShape:
         n_params_embedding: Token embedding, and position embedding where it is learned.
         n_params_final_norm: The norm before the unembedding.
         tied: Whether the unembedding is the token embedding.
+        fuses_attention: Whether Hugging Face's layers never hold the scores `[batch heads pos pos]`.
     """
 
     d_model: int
+    n_heads: int
     d_attention: int
     d_kv: int
     d_mlp: int
@@ -48,6 +53,7 @@ class ModelShape:
     n_params_embedding: int
     n_params_final_norm: int
     tied: bool
+    fuses_attention: bool
 
     @property
     def n_params(self) -> int:
@@ -97,7 +103,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         bias += (2 * mlp + d) if config.get("mlp_bias") else 0
         norms = {"gemma2": 4 * d, "gemma3_text": 4 * d + 2 * head, "qwen3": 2 * d + 2 * head}.get(kind, 2 * d)
         layer, norm = 2 * d * q + 2 * d * kv + 3 * d * mlp + bias + norms, d
-    return ModelShape(d, q, kv, mlp, n_layers, d_vocab, layer, d_vocab * d + positions, norm, tied)
+    fuses = kind not in WITH_CAPPED_SCORES
+    return ModelShape(d, n_heads, q, kv, mlp, n_layers, d_vocab, layer, d_vocab * d + positions, norm, tied, fuses)
 
 
 def sae_params(spec: SAESpec, d_in: int) -> int:

@@ -14,7 +14,9 @@ from sae_transfer.cost.shape import ModelShape, sae_params
 Precision = Literal["bfloat16", "tf32", "float32"]
 BYTES = {"bfloat16": 2, "tf32": 4, "float32": 4}
 
-ADAM_BYTES = 28  # a parameter and step: weight, gradient and two moments read, all but the gradient written, float32
+# A parameter and step, float32: weight, gradient and two moments read and written (the gradient by the clipping), and
+# the gradient read once more for its norm.
+ADAM_BYTES = 36
 # Values read and written by one of Hugging Face's decoder layers outside its products: two norms and two residual sums
 # (in units of d_model), rotary embeddings and attention (of the heads' width), activation and gate (of d_mlp).
 LAYER_VALUES = (30, 25, 8)
@@ -102,7 +104,7 @@ def sae_step_part(spec: SAESpec, d_in: int, precision: Precision, l0: float | No
 
 def adam_part(spec: SAESpec, d_in: int) -> Part:
     """Fused Adam with the norm of the gradients, a step of one SAE."""
-    return Part("Adam", 0, (ADAM_BYTES + 4) * sae_params(spec, d_in), "float32")
+    return Part("Adam", 0, ADAM_BYTES * sae_params(spec, d_in), "float32")
 
 
 def reconstruct_part(d_in: int, d_sae: int) -> Part:
