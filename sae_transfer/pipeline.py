@@ -60,6 +60,8 @@ def run_stages(
         for stage in stages:
             signals.check()
             _WORK[stage](context)
+        if len(stages) > 1:  # a single one has just said it
+            context.say_rates()
 
 
 def train_together(

@@ -56,7 +56,7 @@ class Sizes:
         batch: Activations a training step.
         n_steps: Steps of the whole training, that fill one block of the stream at least.
         square: Side of the matrices that show the machine's rate.
-        n_sequences: To be evaluated, in batches of two.
+        n_sequences: To be evaluated, as one batch.
     """
 
     model: dict[str, Any]
@@ -315,7 +315,7 @@ def evaluation(bench: Bench) -> None:
             counted={"kept": section.positions},
             scale_policies=["matched"],
             group_size=len(ids),
-            batch_size=2,
+            batch_size=len(ids),
             device=bench.device,
             progress=lambda done: None,
         )

@@ -87,7 +87,9 @@ def test_a_run_writes_what_the_design_lists(finished: Path) -> None:
     for side in ("base", "chat"):
         assert set(rates[f"train-{side}"]) >= {"language_model", "sae_step"}
         assert all(rate > 0 for rate in rates[f"train-{side}"].values())
-        assert f"train-{side}: " in (finished / "log.txt").read_text()
+    *_, tokens, base, chat = (finished / "log.txt").read_text().splitlines()
+    for line, stage in ((tokens, "tokens"), (base, "train-base"), (chat, "train-chat")):
+        assert f"speed of {stage}: " in line and "tokens/s" in line
     assert not list(finished.rglob(".activations*"))
 
 

@@ -81,6 +81,7 @@ class Context:
         self.checkpoints, self.fingerprints, self.device = checkpoints, fingerprints, device
         self.tracker, self.found = tracker, found
         self._agreement: dict[str, Any] = {}  # of splicers with TransformerLens
+        self._rates: dict[str, str] = {}  # of the stages done
         on_gpu = device.startswith("cuda")
         asked = study.pair.dtype
         self.training_dtype = ("bfloat16" if on_gpu else "float32") if asked == "auto" else asked
@@ -198,10 +199,16 @@ class Context:
         rates = throughput.rates() if throughput else {}
         if rates:
             entries["throughput"] = {name: rates}
+            self._rates[name] = str(throughput)
             logger.info("%s: %s", name, throughput)
         self.run.update_manifest(**entries)
         self.run.finish(name, inputs, seconds)
         logger.info("%s: done in %.0f s", name, seconds)
+
+    def say_rates(self) -> None:
+        """Say at the end, after all else, how fast the parts of the stages went that were done now."""
+        for name, rates in self._rates.items():
+            logger.info("speed of %s: %s", name, rates)
 
     def require(self, stage: str, problem: str, verb: str) -> None:
         """Refuse to go on without the record of an earlier stage."""
