@@ -298,27 +298,36 @@ def check(found: dict[str, float], side: str) -> None:
             sys.exit(f"{name} differs from {side} by {value:.1e} (relative), allowed {RELATIVE[kind]:.0e}")
 
 
-def gemm_bound(sizes: Sizes, device: str) -> float:
-    """Seconds of the matrix products that the work needs, each at the rate measured for its shape."""
+def products(sizes: Sizes) -> list[tuple[float, tuple[int, int, int]]]:
+    """The matrix products that the work needs: how many of each shape `[m k] @ [k n]`."""
     tokens = sizes.sequences * sizes.context
     rows = min(tokens, 2048)
-
-    def products(k: int, n: int, passes: float) -> float:
-        return passes * tokens / rows * matmul_seconds(rows, k, n, device=device)
-
     d, d_kv = sizes.d_model, sizes.d_head * sizes.n_kv_heads
-    layer = (
-        2 * products(d, d, 1) + 2 * products(d, d_kv, 1) + 2 * products(d, sizes.d_mlp, 1) + products(sizes.d_mlp, d, 1)
-    )
+
+    def of_all_tokens(k: int, n: int, passes: float) -> tuple[float, tuple[int, int, int]]:
+        return passes * tokens / rows, (rows, k, n)
+
+    layers = sizes.site + (1 + sizes.saes) * (sizes.n_layers - sizes.site)
     # causal attention needs half of both products of each head
-    heads = sizes.sequences * sizes.n_heads / 2
-    layer += heads * matmul_seconds(sizes.context, sizes.d_head, sizes.context, device=device)
-    layer += heads * matmul_seconds(sizes.context, sizes.context, sizes.d_head, device=device)
-    n_layers = sizes.site + (1 + sizes.saes) * (sizes.n_layers - sizes.site)
-    # the clean pass's logits and mean rows, each splice's logits
-    head = products(d, sizes.d_vocab, 1 + sizes.saes) + products(sizes.d_vocab, d, 1)
-    saes = products(d, sizes.d_sae, sizes.saes) + products(sizes.d_sae, d, sizes.saes)
-    return n_layers * layer + head + saes
+    heads = layers * sizes.sequences * sizes.n_heads / 2
+    return [
+        of_all_tokens(d, d, 2 * layers),
+        of_all_tokens(d, d_kv, 2 * layers),
+        of_all_tokens(d, sizes.d_mlp, 2 * layers),
+        of_all_tokens(sizes.d_mlp, d, layers),
+        (heads, (sizes.context, sizes.d_head, sizes.context)),
+        (heads, (sizes.context, sizes.context, sizes.d_head)),
+        # the clean pass's logits and mean rows, each splice's logits
+        of_all_tokens(d, sizes.d_vocab, 1 + sizes.saes),
+        of_all_tokens(sizes.d_vocab, d, 1),
+        of_all_tokens(d, sizes.d_sae, sizes.saes),
+        of_all_tokens(sizes.d_sae, d, sizes.saes),
+    ]
+
+
+def gemm_bound(sizes: Sizes, device: str) -> float:
+    """Seconds of the matrix products that the work needs, each at the rate measured for its shape."""
+    return sum(number * matmul_seconds(*shape, device=device) for number, shape in products(sizes))
 
 
 def arguments() -> argparse.Namespace:

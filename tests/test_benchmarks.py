@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sae_transfer.cost.shape import model_shape
+from sae_transfer.cost.work import head_part, layers_part, reconstruct_part
+from tests.cost.shapes import MISTRAL
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = "--d-model 32 --heads 4 --kv-heads 2 --d-mlp 64 --layers 3 --site 1 --d-vocab 300 --context 64"
 
@@ -49,6 +53,22 @@ def test_the_smoke_test_passes_in_small() -> None:
     done = subprocess.run([SCRIPTS / "smoke_gpu.sh", "--small"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "all well" in done.stdout and done.stdout.count("training, gone on with") == 2
+
+
+def test_the_evaluation_benchmark_counts_the_products_that_check_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    bench_eval = importlib.import_module("bench_eval")
+    sizes = bench_eval.Sizes(512, 8, 3, 8, 4, 1792, 32000, 1024, 2, 4, 4096)
+    mistral = {**MISTRAL, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    shape = model_shape({**mistral, "intermediate_size": 1792, "num_hidden_layers": 8})
+    parts = [
+        layers_part(shape, 3 + 5 * 5, 1024, "float32"),
+        head_part(shape, "float32", products=2),
+        *4 * [head_part(shape, "float32"), reconstruct_part(512, 4096)],
+    ]
+    counted = sum(2 * m * k * n * number for number, (m, k, n) in bench_eval.products(sizes))
+    # but for the norms' weights
+    assert counted == pytest.approx(2 * 1024 * sum(part.flops for part in parts), rel=1e-3)
 
 
 def test_the_evaluation_benchmark_stops_at_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
