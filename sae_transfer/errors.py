@@ -1,12 +1,7 @@
 """The one exception for what a user can mend: it is shown as one message, without traceback, exit code 2."""
 
-# of torch's CPU allocator, of CUDA outside of torch's own allocator, of its libraries
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUSPARSE_STATUS_ALLOC_FAILED",
-)
+# of torch's CPU allocator, of CUDA outside of torch's own allocator, of cuBLAS
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class StudyError(Exception):

@@ -34,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sae_transfer.analysis.cells import CellKey, CellSums, Section, evaluate_model
 from sae_transfer.analysis.metrics import metric_values
 from sae_transfer.analysis.site import collect_activations
+from sae_transfer.models.attention import repeat_keys
 from sae_transfer.models.pair import resolve
 from sae_transfer.models.splice import Splicer, open_splicer
 from sae_transfer.saes.store import StoredSAE
@@ -377,6 +378,8 @@ def measure(args: argparse.Namespace, sizes: Sizes, directory: Path) -> dict[str
     """Make the parts, compare the numbers, then time and memory of every side."""
     started = time.time()
     model = make_model(directory / "model", args.form, sizes, args.seed).to(args.device)
+    if model.device.type == "cuda":
+        repeat_keys(model)
     hook_name = f"blocks.{sizes.site}.hook_resid_pre"
     splicer = open_splicer(model, hook_name, resolve(str(directory / "model")))
     tokens = np.random.default_rng(args.seed).integers(2, sizes.d_vocab, (sizes.sequences, sizes.context))

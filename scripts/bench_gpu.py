@@ -33,6 +33,7 @@ from sae_transfer.config import SAESpec
 from sae_transfer.cost.device import Device
 from sae_transfer.cost.shape import ModelShape, model_shape
 from sae_transfer.cost.work import Part, Precision, adam_part, head_part, layers_part, reconstruct_part, sae_step_part
+from sae_transfer.models.attention import repeat_keys
 from sae_transfer.models.splice import LayerSplicer
 from sae_transfer.saes.checkpoints import Checkpoints
 from sae_transfer.saes.steps import SPARSE_BELOW
@@ -54,7 +55,7 @@ class Sizes:
         context: Tokens a sequence.
         d_sae: Features.
         batch: Activations a training step.
-        n_steps: Steps of the whole training, that fill one block of the stream at least.
+        n_steps: Steps of the whole training, that fill some blocks of the stream.
         square: Side of the matrices that show the machine's rate.
         n_sequences: To be evaluated, as one batch.
     """
@@ -70,7 +71,7 @@ class Sizes:
 
 
 MISTRAL = {"sliding_window": None, "tie_word_embeddings": False}  # the rest is Mistral-7B's by default
-FULL = Sizes(MISTRAL, 16, 2048, 131_072, 4096, 64, 8192, 8)
+FULL = Sizes(MISTRAL, 16, 2048, 131_072, 4096, 128, 8192, 8)
 SMALL_MODEL = {
     **MISTRAL,
     "hidden_size": 64,
@@ -151,7 +152,7 @@ class Bench:
     @property
     def few_active(self) -> int:
         """Active features of a token in a step that is to be sparse."""
-        return min(MANY_IN_FEW, int(0.8 * SPARSE_BELOW[torch.device(self.device).type] * self.sizes.d_sae))
+        return min(MANY_IN_FEW, max(1, int(0.8 * SPARSE_BELOW[torch.device(self.device).type] * self.sizes.d_sae)))
 
     def write(self) -> None:
         """Write down what has been found."""
@@ -297,6 +298,8 @@ def evaluation(bench: Bench) -> None:
     n_layers = MistralConfig.from_dict(sizes.model).num_hidden_layers
     model = random_model(sizes, n_layers, torch.float32, bench.device)
     shape: ModelShape = model_shape(model.config.to_dict())
+    if bench.on_gpu:
+        repeat_keys(model)
     splicer = LayerSplicer(model, sizes.layer)
     trainer = new_trainer(bench, shape.d_model, 1)
     sae = StoredSAE("random", "base", trainer.sae.eval(), 1.0)  # type: ignore[arg-type]

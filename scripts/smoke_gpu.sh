@@ -2,7 +2,7 @@
 # Does it work on this machine's GPU? Ten minutes, one GPU of 48 GB (evaluation is float32), 40 GB of disk, no network: random
 # models in the shapes of Mistral-7B and Qwen1.5-0.5B, SAEs of 131,072 and 32,768 features trained for some steps, cut in the
 # middle and gone on with, evaluated on both models; before them the tests that need a GPU. Exits 0, 1 when something failed, 2
-# without a GPU. It leaves nothing behind.
+# without a GPU or an installation. It leaves nothing behind.
 #   scripts/smoke_gpu.sh            what is made lies below TMPDIR meanwhile
 #   scripts/smoke_gpu.sh --small    the same in small on the CPU
 set -euo pipefail
@@ -91,7 +91,7 @@ PYTHON
 }
 
 if [[ $device == cuda ]]; then
-    step "tests on the GPU" "$python" -m pytest -m gpu "$root/tests"
+    step "tests on the GPU" "$python" -m pytest -m gpu -p no:cacheprovider --basetemp "$work/pytest" "$root/tests"
     make_pair qwen1.5-0.5b --width 32768 --train-tokens 4194304 --evaluation-tokens 32768 --context 2048 --batch 4096
     train_with_a_cut qwen1.5-0.5b
     evaluate qwen1.5-0.5b

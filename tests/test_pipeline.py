@@ -79,9 +79,10 @@ def test_a_run_writes_what_the_design_lists(finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
     assert {"packages", "git", "hardware", "models", "token_set", "seeds", "command", "study_hash"} <= set(manifest)
     for side in ("base", "chat"):
-        agreement = manifest["site_agreement"][f"{side}-float32"]
-        assert agreement["path"] == "restart"
-        assert 0 <= agreement["difference"] < 1e-5
+        for purpose in ("training", "evaluation"):
+            agreement = manifest["site_agreement"][f"{side}-{purpose}"]
+            assert (agreement["path"], agreement["dtype"]) == ("restart", "float32")
+            assert 0 <= agreement["difference"] < 1e-5
     rates = manifest["throughput"]
     assert rates["tokens"]["tokens"] > 0
     for side in ("base", "chat"):

@@ -119,7 +119,7 @@ class OneModelAtATime:
         self._splicer: Splicer | None = None
 
     def splicer(self, side: str) -> Splicer:
-        """One side, loaded if the other one was. Not to be kept by who asks: then both would be in memory."""
+        """One side, loaded if the other one was; who keeps it and asks for the other has both in memory."""
         if self._splicer is None or self._side != side:
             self._splicer = None  # the old model's memory before the new one's
             self._splicer, self._side = self._load(side), side

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from itertools import compress
-from operator import not_
 
 from sae_transfer.config import SAESpec, Study
 from sae_transfer.cost.shape import ModelShape, sae_params
@@ -22,8 +20,8 @@ LOGITS = {"cpu": 2**19, "gpu": 2**26}
 # 21 GB at batch 4096 and width 131072.
 STEP_ELEMENTS, AUTOGRAD_ALIVE = {"cpu": 2**21, "gpu": 2**30}, 10
 SCORE_BYTES = 11  # of an attention score where attention is not fused: measured 8.5 to 9.9 in float32, 10.8 in bfloat16
-# The share of features taken for dead, and SAELens's number of steps before the first can be: topk and batchtopk hold
-# four float32 arrays [batch dead] to revive them, and their decoder rows with the gradient.
+# The share of features taken for dead, and SAELens's number of steps before the first can be. To revive them topk and
+# batchtopk hold, in float32: by hand four arrays [batch dead] and three [dead d_model], by autograd four [batch d_sae].
 DEAD_SHARE, DEAD_AFTER = 0.5, 1000
 
 
@@ -34,7 +32,8 @@ class Memory:
     Attributes:
         libraries: What is there before any work.
         model: Weights of one language model.
-        saes: Training: weights, gradients and moments of all SAEs of one model. Evaluation: weights of all SAEs.
+        saes: Training: weights and moments of all SAEs of one model, and the gradients that are there at once.
+            Evaluation: weights of all SAEs.
         activations: Training: the block of activations, and on a GPU in bfloat16 the next one and the passes that make
             it. Evaluation: residuals, reconstructions and hidden states of the
             sequences at hand, and on a CPU the activations of both models, which are mapped from disk.
@@ -85,7 +84,8 @@ def training_memory(
     params = [sae_params(spec, shape.d_model) for spec in specs]
     # the gradients of a step by hand stay on a CPU, any others go with their step
     stays = [not gpu and _is_by_hand(spec, gpu=gpu) for spec in specs]
-    gradients = sum(compress(params, stays)) + max(compress(params, map(not_, stays)), default=0)
+    gradients = sum(n for n, stay in zip(params, stays, strict=True) if stay)
+    gradients += max((n for n, stay in zip(params, stays, strict=True) if not stay), default=0)
     cast = 2 * max(params) if autocast else 0
     positions = min(BLOCK_VALUES // shape.d_model, n_tokens)
     block = positions * (shape.d_model * n_bytes + 8)
@@ -165,11 +165,10 @@ def _is_by_hand(spec: SAESpec, *, gpu: bool) -> bool:
 
 def _step_bytes(spec: SAESpec, d_in: int, batch_size: int, n_steps: int, *, autocast: bool, gpu: bool) -> float:
     n_values = batch_size * spec.d_sae
+    can_revive = spec.sparsity_key == "k" and n_steps > DEAD_AFTER
     if not _is_by_hand(spec, gpu=gpu):
-        return AUTOGRAD_ALIVE * 4 * n_values
-    reviving = 0.0
-    if spec.sparsity_key == "k" and n_steps > DEAD_AFTER:
-        reviving = 4 * DEAD_SHARE * spec.d_sae * (4 * batch_size + 2 * d_in)
+        return (AUTOGRAD_ALIVE + 4 * can_revive) * 4 * n_values
+    reviving = can_revive * 4 * DEAD_SHARE * spec.d_sae * (4 * batch_size + 3 * d_in)
     if spec.architecture != "batchtopk":  # whose choice is one of the whole batch
         n_values = min(n_values, max(STEP_ELEMENTS["gpu" if gpu else "cpu"], 256 * spec.d_sae))
     # in bfloat16 a weight's gradient has a place of its own before it is added

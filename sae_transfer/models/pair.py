@@ -300,7 +300,10 @@ def load_model(checkpoint: Checkpoint, *, dtype: str, device: str, layers: int |
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         if is_out_of_memory(error):
-            raise
+            raise StudyError(
+                f"{checkpoint.source}: out of memory while it was loaded ({first_line(error)})",
+                "a machine with more memory (sae-transfer check CONFIG says how much), or pair.dtype: bfloat16",
+            ) from error
         raise StudyError(
             f"{checkpoint.source}: cannot be loaded from {checkpoint.directory} ({type(error).__name__}: {error})",
             "a truncated file is the usual cause: fetch or copy the checkpoint again",

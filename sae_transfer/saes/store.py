@@ -13,7 +13,7 @@ from sae_lens import SAE, TrainingSAE
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sae_transfer.errors import StudyError, is_out_of_memory
+from sae_transfer.errors import StudyError, first_line, is_out_of_memory
 from sae_transfer.study import replacing, write_json
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,10 @@ def _load_from_disk(directory: Path, device: str) -> SAE[Any]:
         sae = SAE.load_from_disk(directory, device=device, dtype="float32")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise
+            raise StudyError(
+                f"{directory}: out of memory while the SAE was loaded ({first_line(error)})",
+                "a device with more memory, or fewer SAEs in one study",
+            ) from error
         raise StudyError(
             f"{directory}: the SAE cannot be loaded ({type(error).__name__}: {error})",
             "fetch or copy it again; a truncated file is the usual cause",

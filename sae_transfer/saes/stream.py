@@ -8,7 +8,7 @@ of one block; of two where the next block is made while SAEs train on the presen
 
 import mmap
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -129,6 +129,13 @@ class ActivationStream:
         if self._ahead_index * self._batches_per_block < self.n_batches:
             self._ahead = self._thread.submit(self._load, self._ahead_index)
         return block
+
+    def close(self) -> None:
+        """Give up the block that is being made ahead, and wait until it lets go of the model."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            wait([self._ahead])
+            self._ahead = None
 
     def _finish_steps(self) -> None:
         """Wait for what the user of the batches has queued on a GPU: once a block, which costs next to nothing."""

@@ -297,23 +297,26 @@ class Context:
     def splicer_for_training(self, side: str, device: str) -> Splicer:
         """One model as far as the site."""
         layers = layers_to(self.study.site.hook_name, self.checkpoints[side].n_layers)
-        return self._splicer(side, self.training_dtype, device, layers)
+        return self._splicer(side, "training", self.training_dtype, device, layers)
 
     def models_for_evaluation(self) -> OneModelAtATime:
         """Both models, whole, of which one is in memory."""
         return OneModelAtATime(
-            self.checkpoints, lambda side: self._splicer(side, self.evaluation_dtype, self.device), self.device
+            self.checkpoints,
+            lambda side: self._splicer(side, "evaluation", self.evaluation_dtype, self.device),
+            self.device,
         )
 
-    def _splicer(self, side: str, dtype: str, device: str, layers: int | None = None) -> Splicer:
-        """One model cut at the site; the manifest will say how, and how exactly."""
+    def _splicer(self, side: str, purpose: str, dtype: str, device: str, layers: int | None = None) -> Splicer:
+        """One model cut at the site; the manifest will say how for this purpose, and how exactly."""
         checkpoint, hook_name = self.checkpoints[side], self.study.site.hook_name
         with _LOADING:
             model = load_model(checkpoint, dtype=dtype, device=device, layers=layers)
             splicer = open_splicer(model, hook_name, checkpoint)
         difference = splicer.difference
-        self._agreement[f"{side}-{dtype}"] = {
+        self._agreement[f"{side}-{purpose}"] = {
             "path": "restart" if splicer.restarts else "whole passes",
+            "dtype": dtype,
             "difference": difference if difference is not None and math.isfinite(difference) else None,
         }
         return splicer

@@ -7,6 +7,7 @@ are trained on one pass, each in its own study's run directory.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -103,10 +104,10 @@ def _train(
     """
     failure = None
     trainees = [[_of_pass(trainee, own) for trainee in own.trainees(device)] for own in shared]
+    together = list(chain.from_iterable(trainees))
     try:
-        together = list(chain.from_iterable(trainees))
-        stream = shared[0].open_stream(device, throughput)
-        train_saes(together, stream, device=device, label=shared[0].label, on_accepted=adopt, **shared[0].options)
+        with closing(shared[0].open_stream(device, throughput)) as stream:
+            train_saes(together, stream, device=device, label=shared[0].label, on_accepted=adopt, **shared[0].options)
     except Diverged as diverged:
         failure = diverged.with_traceback(None)  # which would keep all of them
     return [sum(not is_trained(trainee.directory, trainee.identity) for trainee in own) for own in trainees], failure

@@ -172,7 +172,10 @@ def test_on_a_gpu_the_metrics_are_those_of_the_cpu(model: str, tmp_path: Path) -
         for device in ("cpu", "cuda")
     )
     for key, cell in expected.items():
-        assert values(found[key]) == pytest.approx(values(cell), rel=1e-4, abs=1e-5), key
+        for metric, value in values(cell).items():
+            # a feature at the edge, a token between two others
+            tolerance = 2 / (N_SEQ * POS) if metric in ("l0", "top1_agreement") else 1e-4 * abs(value) + 1e-5
+            assert values(found[key])[metric] == pytest.approx(value, abs=tolerance), (key, metric)
 
 
 def test_an_identity_sae_changes_nothing(tmp_path: Path) -> None:

@@ -49,8 +49,29 @@ def test_the_numbers_are_those_of_grouped_attention(
         for n_heads, options in calls:
             assert n_heads == N_HEADS and not options.get("enable_gqa")
             assert options["is_causal"] and options["attn_mask"] is None
-        prompt = {"input_ids": tokens(), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
-        assert torch.equal(repeating.generate(**prompt), plain.generate(**prompt))
+
+
+@pytest.mark.parametrize("architecture", [*GROUPED, "gpt_neox", "gpt2"])
+def test_padding_is_not_attended_to(architecture: str, tmp_path: Path) -> None:
+    plain, repeating = (load(make_checkpoint(tmp_path / name, architecture)) for name in ("a", "b"))
+    repeat_keys(repeating)
+    padded, mask = tokens(), torch.ones(2, 24, dtype=torch.long)
+    padded[1, :9], mask[1, :9] = 2, 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
+    answers = repeating.generate(padded, **options)
+    assert torch.equal(answers, plain.generate(padded, **options))
+    alone = repeating.generate(padded[1:, 9:], **{**options, "attention_mask": mask[1:, 9:]})
+    assert torch.equal(answers[1, 9:], alone[0])
+
+
+def test_a_window_holds(tmp_path: Path) -> None:
+    plain, repeating = (load(make_checkpoint(tmp_path / n, "mistral", sliding_window=7)) for n in ("a", "b"))
+    repeat_keys(repeating)
+    unlimited = load(make_checkpoint(tmp_path / "c", "mistral"))
+    with torch.no_grad():
+        expected = plain(tokens()).logits
+        torch.testing.assert_close(repeating(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(unlimited(tokens()).logits, expected, atol=1e-2)
 
 
 def test_a_model_cut_at_a_site_keeps_it(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_too_little_memory_is_not_taken_for_a_damaged_file(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
+    with pytest.raises(StudyError, match=r"base: out of memory .* \(Default.* can't allocate memory\)"):
         load_model(resolve(str(llama_pair[0])), dtype="float32", device="cpu")
 
 

@@ -59,7 +59,7 @@ def test_too_little_memory_is_not_taken_for_a_damaged_file(tmp_path: Path, monke
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(SAE, "load_from_disk", load)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(StudyError, match=r"base-x: out of memory while the SAE was loaded \(CUDA out of memory\)"):
         load_own(tmp_path / "base-x", "cpu")
 
 

@@ -1,5 +1,6 @@
 """The stream: batch n is a function of (token set, seed, n), and every position is used once."""
 
+import gc
 import threading
 import weakref
 from types import SimpleNamespace
@@ -119,6 +120,24 @@ def test_the_next_block_is_begun_with_the_present_one_and_no_other(monkeypatch: 
     assert held() is None  # at most two blocks are in memory
     stream.batch(9)
     assert stream._ahead is None  # there is no block after the last one
+
+
+def test_a_stream_that_is_left_lets_go_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, splicer = make(monkeypatch, pos=10, batch_size=16, n_batches=12, prefetches=True)
+    model, run_to, goes_on = weakref.ref(splicer), PositionSplicer.run_to, threading.Event()
+    next(stream.batches())
+
+    def run_when_allowed(self: PositionSplicer, tokens: torch.Tensor) -> torch.Tensor:
+        goes_on.wait(30)
+        return run_to(self, tokens)
+
+    monkeypatch.setattr(PositionSplicer, "run_to", run_when_allowed)
+    stream.batch(3)  # the next block is being made
+    threading.Timer(0.1, goes_on.set).start()
+    stream.close()
+    del stream, splicer
+    gc.collect()
+    assert model() is None
 
 
 def test_a_failure_in_the_next_block_is_raised_when_that_block_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
