@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from sae_transfer.config import Study
 from sae_transfer.cost.device import Device
@@ -11,6 +12,7 @@ from sae_transfer.cost.memory import Memory
 from sae_transfer.cost.shape import model_shape
 from sae_transfer.errors import StudyError
 from sae_transfer.models.pair import Checkpoint, resolve_pair
+from sae_transfer.study import read_json
 
 GIB = 2**30
 
@@ -27,7 +29,7 @@ def describe(study: Study, device: Device, *, gpu: bool) -> Iterator[str]:
         Lines of text.
 
     Raises:
-        StudyError: The pair does not agree, or lacks the site's layer or hook point.
+        StudyError: The pair does not agree, or lacks the site's layer or hook point, or an SAE on disk is none for it.
     """
     pair = study.pair
     revisions = (pair.base_revision, pair.chat_revision)
@@ -35,6 +37,9 @@ def describe(study: Study, device: Device, *, gpu: bool) -> Iterator[str]:
     base = checkpoints["base"]
     if study.site.hook not in ("resid_pre", "resid_post"):  # which every decoder has
         _refuse_missing_hook_point(base, study.site.hook_name)
+    for sae in study.external_saes:
+        if sae.path:
+            _refuse_other_width(Path(sae.path), base.d_model)
     shape = model_shape(base.config)
     cost = estimate(study, shape, gpu=gpu)
 
@@ -75,6 +80,17 @@ def describe(study: Study, device: Device, *, gpu: bool) -> Iterator[str]:
         yield f"hours       {stage.name}: {_range(stage.hours(device))} ({_times(stage, device)})"
     total = cost.hours(device)
     yield f"hours       in all: {_range(total)}; at least {_duration(total)}, were the device always busy"
+
+
+def _refuse_other_width(directory: Path, d_model: int) -> None:
+    """Refuse an SAE of another width, or none: evaluation would, after the training. Its weights are not looked at."""
+    d_in = read_json(directory / "cfg.json").get("d_in")
+    if d_in != d_model:
+        found = "no cfg.json of SAELens" if d_in is None else f"d_in {d_in}"
+        raise StudyError(
+            f"external_saes: {directory}: got {found}; expected an SAE with d_in {d_model}, the site's d_model",
+            "name a directory with cfg.json and sae_weights.safetensors, of an SAE for a model of this pair",
+        )
 
 
 def _refuse_missing_hook_point(checkpoint: Checkpoint, hook_name: str) -> None:
