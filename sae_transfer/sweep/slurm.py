@@ -1,6 +1,7 @@
 """SLURM as an engine, through submitit; the only module that imports it."""
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -28,6 +29,9 @@ RETRY_S = 5.0
 KILLED_WITHIN_S = 120.0  # after being put back into the queue
 PREEMPTED = "preempted or out of time; goes on from its checkpoint"
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # submitit can be told to use either of the first two
+# A job that is preempted while Python starts has no handler yet and would end as failed. So it ignores the signal until
+# then, and SLURM takes it off its node and back into the queue when its time of grace is over.
+PYTHON = f"""sh -c 'trap "" USR1 USR2; exec "$0" "$@"' {shlex.quote(sys.executable)}"""
 STOP_FRACTION = 0.7  # of the signal's lead that a checkpoint may take; the rest is for going back into the queue
 
 
@@ -203,7 +207,10 @@ def _executor(directory: Path, launcher: Launcher, waits_for: Sequence[str], *, 
     """An executor whose jobs ask for what the launcher says; the report needs no GPU and one core."""
     cores = 1 if is_report else launcher.cpus_per_job
     executor = AutoExecutor(
-        folder=directory / "jobs" / "slurm", cluster="slurm", slurm_max_num_timeout=launcher.max_timeouts
+        folder=directory / "jobs" / "slurm",
+        cluster="slurm",
+        slurm_max_num_timeout=launcher.max_timeouts,
+        slurm_python=PYTHON,
     )
     asked: dict[str, Any] = {
         "name": "sae-report" if is_report else "sae-transfer",

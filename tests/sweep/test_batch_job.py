@@ -1,6 +1,8 @@
 """What the process of a batch job does on SLURM's signals, without a SLURM."""
 
+import shlex
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,14 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_a_job_outlives_a_signal_that_comes_before_its_handlers() -> None:
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('goes on')"
+    done = subprocess.run(
+        ["bash", "-c", f"{slurm.PYTHON} -u -c {shlex.quote(program)}"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
 
 
 def test_a_signal_while_the_record_is_written_is_answered_after_it(
