@@ -24,7 +24,12 @@ import numpy as np
 import torch
 from bench import Spread, machine, matmul_seconds, say, seconds, table, write_json
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.saes.standard_sae import (
+    StandardSAE,
+    StandardSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+)
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from sae_transfer.analysis.cells import Section, evaluate_model
@@ -42,7 +47,7 @@ from sae_transfer.saes.stream import ActivationStream
 from sae_transfer.saes.trainer import FastTrainer
 
 TOKENS = 800e6  # the post's, for Mistral-7B
-MANY_IN_FEW = 100  # active features of a token, as of an SAE trained with the post's settings; fewer in a narrow one
+FEW_ACTIVE = 100  # active features of a token, as of an SAE trained with the post's settings; fewer in a narrow one
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class Bench:
     @property
     def few_active(self) -> int:
         """Active features of a token in a step that is to be sparse."""
-        return min(MANY_IN_FEW, max(1, int(0.8 * SPARSE_BELOW[torch.device(self.device).type] * self.sizes.d_sae)))
+        return min(FEW_ACTIVE, max(1, int(0.8 * SPARSE_BELOW[torch.device(self.device).type] * self.sizes.d_sae)))
 
     def write(self) -> None:
         """Write down what has been found."""
@@ -301,8 +306,9 @@ def evaluation(bench: Bench) -> None:
     if bench.on_gpu:
         repeat_keys(model)
     splicer = LayerSplicer(model, sizes.layer)
-    trainer = new_trainer(bench, shape.d_model, 1)
-    sae = StoredSAE("random", "base", trainer.sae.eval(), 1.0)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    config = StandardSAEConfig(d_in=shape.d_model, d_sae=sizes.d_sae, apply_b_dec_to_input=False, device=bench.device)
+    sae = StoredSAE("random", "base", StandardSAE(config).eval(), 1.0)
     ids = random_ids(sizes, sizes.n_sequences, shape.d_vocab)
     acts = splicer.run_to(torch.from_numpy(ids.astype(np.int64)).to(bench.device)).float().cpu().numpy()
     section = Section.whole(ids.shape)

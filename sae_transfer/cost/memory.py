@@ -35,8 +35,8 @@ class Memory:
         saes: Training: weights and moments of all SAEs of one model, and the gradients that are there at once.
             Evaluation: weights of all SAEs.
         activations: Training: the block of activations, and on a GPU in bfloat16 the next one and the passes that make
-            it. Evaluation: residuals, reconstructions and hidden states of the
-            sequences at hand, and on a CPU the activations of both models, which are mapped from disk.
+            it. Evaluation: residuals, reconstructions and hidden states of the sequences at hand, and on a CPU the
+            activations of both models, which are mapped from disk.
         passes: Temporaries of a pass of the language model.
         features: `[tok d_sae]` of one SAE.
     """
