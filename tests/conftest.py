@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread, and a small random pair on disk."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -34,6 +35,30 @@ def nobody_asks_to_stop() -> Iterator[None]:
     yield
     with signals.installed():
         pass
+
+
+REAL_GPU = pytest.param("real GPU", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["pretended GPU", REAL_GPU])
+def gpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A GPU: that of `tests/pretended_gpu.py`, and a real one when it is asked for (`-m gpu`)."""
+    yield from _device(request.param)
+
+
+@pytest.fixture(params=["CPU", "pretended GPU", REAL_GPU])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a test of what runs on either runs."""
+    yield from _device(request.param)
+
+
+def _device(name: str) -> Iterator[str]:
+    with contextlib.ExitStack() as stack:
+        if name == "pretended GPU":
+            from tests.pretended_gpu import pretended_gpu
+
+            stack.enter_context(pretended_gpu())
+        yield "cpu" if name == "CPU" else "cuda"
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from sae_transfer.models import conversations
 from sae_transfer.models.chat import read_rollouts, section_positions
 from sae_transfer.models.tokens import load_token_set
 from sae_transfer.pipeline import STAGES, run_stages
+from sae_transfer.saes import steps
 from sae_transfer.saes.training import continued_sae
 from sae_transfer.stages.context import Context, dataset_digests
 from sae_transfer.study_file import load_study
@@ -66,6 +67,58 @@ def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory, others_
         patch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
         run_stages(load_study(study_file), run, STAGES[:-1])  # no test here reads the report
     return run
+
+
+@pytest.fixture(scope="module")
+def tiny_study_file(tmp_path_factory: pytest.TempPathFactory, llama_pair: tuple[Path, Path], text_file: Path) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    (directory / "instructions.json").write_text(json.dumps(INSTRUCTIONS))
+    return write_study(
+        directory,
+        *llama_pair,
+        text_file,
+        saes=[
+            {"widths": [48], "l1_coefficient": [1]},
+            {"architecture": "topk", "widths": [48], "k": [4]},
+        ],
+        train={"tokens": 1024, "batch_size": 64, "lr": 1e-3, "scale_tokens": 512},
+        finetune={"tokens": [512], "batch_size": 64},
+        instruct={"dataset": str(directory / "instructions.json"), "n": 3, "max_new_tokens": 4},
+        evaluate={"tokens": 512, "outlier_threshold": 6.5},
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_on_cpu(tiny_study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    run_stages(load_study(tiny_study_file), run, STAGES[:-1])
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "rel", "abs_"), [("float32", 1e-3, 1e-5), ("auto", 0.05, 0.05)])
+def test_a_study_on_a_gpu_has_the_numbers_of_the_cpu(
+    dtype: str,
+    rel: float,
+    abs_: float,
+    gpu: str,
+    tiny_study_file: Path,
+    tiny_on_cpu: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(steps.TOP_K_BELOW, "cuda", 1.0)
+    changes = [f"compute.device={gpu}", f"pair.dtype={dtype}", f"compute.autocast={dtype}"]
+    run_stages(load_study(tiny_study_file, changes), tmp_path / "run", STAGES[:-1])
+    for table in ("cross_eval/rows.csv", "instruct/rows.csv", "outliers/thresholds.csv", "weights/rows.csv"):
+        ours, expected = read_rows(tmp_path / "run", table), read_rows(tiny_on_cpu, table)
+        for row, other in zip(ours, expected, strict=True):
+            for key, value in other.items():
+                # a feature at the edge of being active, a token between two others
+                least = 0.06 if key.startswith(("l0", "frac_alive", "top1_agreement")) else abs_
+                assert row[key] == value or float(row[key]) == pytest.approx(float(value), rel=rel, abs=least), key
+    rollouts = [(run / "instruct" / "rollouts.jsonl").read_text() for run in (tmp_path / "run", tiny_on_cpu)]
+    assert rollouts[0] == rollouts[1]
 
 
 def chat_acts(finished: Path, chat: Path) -> torch.Tensor:

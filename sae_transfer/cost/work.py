@@ -30,7 +30,7 @@ EVALUATED_VALUES = 6  # of a feature while an SAE is evaluated
 # matrices. Gated has an auxiliary reconstruction beside them.
 DENSE_PRODUCTS = {"standard": 5, "topk": 5, "batchtopk": 5, "jumprelu": 5, "gated": 7}
 BY_HAND = ("standard", "topk", "batchtopk")  # the others' gradients are SAELens's autograd
-SPARSE_BELOW = {"cpu": 0.07, "gpu": 0.001}  # share of active features below which a step takes sparse products
+TOP_K_BELOW = {"cpu": 0.07, "gpu": 0.0045}  # share of active features up to which their steps take sparse products
 
 
 @dataclass(frozen=True)
@@ -114,4 +114,4 @@ def reconstruct_part(d_in: int, d_sae: int) -> Part:
 
 def is_sparse(spec: SAESpec, *, gpu: bool) -> bool:
     """Whether the step is sparse whatever the data: topk and batchtopk with few enough active features."""
-    return spec.sparsity_key == "k" and spec.sparsity_value <= SPARSE_BELOW["gpu" if gpu else "cpu"] * spec.d_sae
+    return spec.sparsity_key == "k" and spec.sparsity_value <= TOP_K_BELOW["gpu" if gpu else "cpu"] * spec.d_sae

@@ -75,11 +75,11 @@ class Gradients:
         self._subtracts_b_dec = sae.cfg.apply_b_dec_to_input
         self._x, self._penalty, self._dtype = x, penalty, dtype
         self._encoder_in = x - sae.b_dec if self._subtracts_b_dec else x
-        self._cast = {p: p.to(dtype) for p in (self._W_enc, self._b_enc, self._W_dec, self._b_dec)}
+        self._cast: dict[Tensor, Tensor] = {}
         self._error = torch.empty_like(x)
         self._sparse: list[tuple[ActiveFeatures, Tensor]] = []
         self._has_dense = False
-        for parameter in self._cast:
+        for parameter in (self._W_enc, self._b_enc, self._W_dec, self._b_dec):
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
         self._b_enc_grad = torch.zeros_like(penalty)
@@ -89,12 +89,13 @@ class Gradients:
 
     def pre_acts(self, block: slice) -> Float[Tensor, "tok d_sae"]:
         """The encoder's product on a block of rows."""
-        return torch.addmm(self._cast[self._b_enc], self._encoder_in[block].to(self._dtype), self._cast[self._W_enc])
+        encoder_in = self._encoder_in[block].to(self._dtype)
+        return torch.addmm(self._of_dtype(self._b_enc), encoder_in, self._of_dtype(self._W_enc))
 
     def add_dense(self, block: slice, acts: Float[Tensor, "tok d_sae"]) -> None:
         """Take in a block by its activations, positive or zero, which are overwritten."""
-        W_dec = self._cast[self._W_dec]
-        error = self._take(block, torch.addmm(self._cast[self._b_dec], acts, W_dec)).to(self._dtype)
+        W_dec = self._of_dtype(self._W_dec)
+        error = self._take(block, torch.addmm(self._of_dtype(self._b_dec), acts, W_dec)).to(self._dtype)
         self._accumulate(_grad(self._W_dec), acts.T, error)
         self.act_sums += acts.sum(0, dtype=torch.float32)
         is_active = acts.sign_()
@@ -150,6 +151,12 @@ class Gradients:
         """Keep a block's reconstruction; its gradient."""
         self.sae_out[block] = sae_out
         return torch.sub(self.sae_out[block], self._x[block], out=self._error[block]).mul_(2 / len(self._x))
+
+    def _of_dtype(self, parameter: Tensor) -> Tensor:
+        """Of dense products; made when the first block needs it, once a batch."""
+        if parameter not in self._cast:
+            self._cast[parameter] = parameter.to(self._dtype)
+        return self._cast[parameter]
 
     def _accumulate(self, grad: Tensor, left: Tensor, right: Tensor) -> None:
         if left.dtype == grad.dtype:

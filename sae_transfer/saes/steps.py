@@ -26,6 +26,9 @@ from sae_transfer.saes.gradients import ActiveFeatures, Gradients, blocks
 # measured. By bytes and FLOPs of an H200 the break-even is near 0.0045 against bfloat16; this leaves the sparse
 # products room to be four times off their bound, and takes in an L0 of 131 at the post's width of 131072.
 SPARSE_BELOW = {"cpu": 0.07, "cuda": 0.001}
+# The same for topk and batchtopk, whose other way is SAELens's autograd: on a GPU that moves twice the bytes of a dense
+# step by hand (and that of the bound), so nothing is left for sparse products that are off their bound.
+TOP_K_BELOW = {"cpu": 0.07, "cuda": 0.0045}
 
 
 class Outcome(NamedTuple):
@@ -49,7 +52,7 @@ def by_hand(sae: TrainingSAE[Any], device: torch.device) -> bool:
     if type(sae) is StandardTrainingSAE:
         return sae.cfg.lp_norm == 1
     if type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE):
-        return sae.cfg.k <= SPARSE_BELOW[device.type] * sae.cfg.d_sae
+        return sae.cfg.k <= TOP_K_BELOW[device.type] * sae.cfg.d_sae
     return False
 
 

@@ -11,7 +11,7 @@ def test_what_is_counted_is_what_the_code_holds_at_once() -> None:
     assert memory.BLOCK_VALUES * 4 == stream.BLOCK_BYTES
     assert {"cpu": stream.CPU_PASS_TOKENS, "gpu": stream.SCALE_BATCH_TOKENS} == memory.PASS_TOKENS
     assert {"cpu": gradients.BLOCK_ELEMENTS["cpu"], "gpu": gradients.BLOCK_ELEMENTS["cuda"]} == memory.STEP_ELEMENTS
-    assert {"cpu": steps.SPARSE_BELOW["cpu"], "gpu": steps.SPARSE_BELOW["cuda"]} == work.SPARSE_BELOW
+    assert {"cpu": steps.TOP_K_BELOW["cpu"], "gpu": steps.TOP_K_BELOW["cuda"]} == work.TOP_K_BELOW
 
 
 def test_what_evaluation_is_said_to_hold_is_what_it_holds_at_once() -> None:

@@ -199,9 +199,8 @@ def test_other_saes_keep_saelens_step() -> None:
         assert not by_hand(random_training_sae(architecture), CPU)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("below", [-1.0, 1.0])
-def test_on_a_gpu_the_gradients_are_those_of_the_cpu(below: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_gradients_are_those_of_the_cpu(below: float, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(steps.SPARSE_BELOW, "cuda", below)
     for sae, step in (
         (standard(enc_bias=-0.6), lambda sae, x: standard_step(sae, x, L1, torch.float32)),
@@ -210,7 +209,7 @@ def test_on_a_gpu_the_gradients_are_those_of_the_cpu(below: float, monkeypatch: 
         step(sae, inputs())
         expected = grads(sae)
         sae.zero_grad()
-        sae.cuda()
-        step(sae, inputs().cuda())
+        sae.to(gpu)
+        step(sae, inputs().to(gpu))
         for name, grad in grads(sae).items():
             assert off(grad, expected[name]) <= 1e-5, name

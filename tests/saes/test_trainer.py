@@ -10,10 +10,9 @@ from sae_lens import TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_transfer.saes import gradients
+from sae_transfer.saes import gradients, steps
 from sae_transfer.saes.trainer import FastTrainer
 from sae_transfer.saes.training import new_sae
-from tests.devices import DEVICES
 from tests.saes.saes import ARCHITECTURES, SPARSITY
 
 D_IN, D_SAE, BATCH = 16, 256, 96
@@ -131,9 +130,10 @@ def test_cut_and_resumed_is_the_uncut_training_bit_for_bit(architecture: str, tm
         assert torch.equal(second.n_forward_passes_since_fired, whole.n_forward_passes_since_fired)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("architecture", ["standard", "topk", "batchtopk"])
-def test_bfloat16_steps_learn_as_well(architecture: str, device: str) -> None:
+def test_bfloat16_steps_learn_as_well(architecture: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(steps.SPARSE_BELOW, "cuda", steps.SPARSE_BELOW["cpu"])
+    monkeypatch.setitem(steps.TOP_K_BELOW, "cuda", steps.TOP_K_BELOW["cpu"])
     config = configured()
     config.autocast, config.device = True, device
     losses = run(FastTrainer(config, new(architecture).to(device)), batches(120))
@@ -141,11 +141,10 @@ def test_bfloat16_steps_learn_as_well(architecture: str, device: str) -> None:
     assert losses[-1] == pytest.approx(exact[-1], rel=0.05)
 
 
-@pytest.mark.gpu
-def test_tf32_is_for_training_alone() -> None:
+def test_tf32_is_for_training_alone(gpu: str) -> None:
     config = configured()
-    config.device = "cuda"
-    trainer = FastTrainer(config, new("standard").cuda())
+    config.device = gpu
+    trainer = FastTrainer(config, new("standard").to(gpu))
     inside = []
     plain = trainer._gradients
     trainer._gradients = lambda x: (inside.append(torch.get_float32_matmul_precision()), plain(x))[1]
