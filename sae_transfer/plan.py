@@ -80,6 +80,16 @@ def describe(study: Study, device: Device, *, gpu: bool) -> Iterator[str]:
         yield f"hours       {stage.name}: {_range(stage.hours(device))} ({_times(stage, device)})"
     total = cost.hours(device)
     yield f"hours       in all: {_range(total)}; at least {_duration(total)}, were the device always busy"
+    yield f"hours       not counted: {', '.join(_not_counted(study))}"
+
+
+def _not_counted(study: Study) -> Iterator[str]:
+    yield "reading and tokenizing the dataset"
+    if study.instruct is not None:
+        yield "answers to instructions and their evaluation"
+    if study.finetune is not None and study.finetune.data == "rollouts":
+        yield "the answers that SAEs are fine-tuned on"
+    yield "weights, report, and loading what is used"
 
 
 def _refuse_other_width(directory: Path, d_model: int) -> None:

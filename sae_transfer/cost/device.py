@@ -69,9 +69,14 @@ GPUS = (
 
 
 def cpu_of_this_machine() -> Device:
-    """Rates of two server cores with AVX-512, as scripts/bench_check.py found them; the memory is this machine's."""
+    """A guess, to tell minutes from days: each core that may be used as fast as one of an EPYC; this machine's memory.
+
+    That core multiplies matrices at 0.08 TFLOP/s and copies at 17 GB/s (results/benchmarks/check.json); all cores share
+    the bandwidth.
+    """
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 16.0
-    return Device("cpu", 0.2, 0.2, 15, gib)
+    return Device("cpu", 0.08 * n_cores, 0.08 * n_cores, 17, gib)
 
 
 def find_device(name: str) -> Device:
