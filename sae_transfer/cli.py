@@ -1,5 +1,6 @@
 """The verbs: parse, one call, print the path of what was written. No logic; heavy imports happen inside a verb."""
 
+import gc
 import json
 import logging
 import sys
@@ -410,7 +411,8 @@ def _run(
     study: Study, root: Path, stages: Sequence[str] | str | None, force: bool, retry_lr: float | None = None
 ) -> None:
     """Carry out one stage, some, or all; print the post's table if it was made, and the path of what was written."""
-    from sae_transfer.pipeline import STAGES, run_stages
+    with _imports():
+        from sae_transfer.pipeline import STAGES, run_stages
 
     stages = STAGES if not stages else (stages,) if isinstance(stages, str) else stages
     unknown = [stage for stage in stages if stage not in STAGES]
@@ -438,7 +440,8 @@ def _train(
     side: str | None,
 ) -> None:
     """Train or fine-tune the SAEs of one study, or of several on one stream; print where they are."""
-    from sae_transfer.pipeline import train_together
+    with _imports():
+        from sae_transfer.pipeline import train_together
 
     if len(configs) > 1 and not here:
         raise StudyError("several study files need a run directory each", "put each into its own, and add --here")
@@ -452,6 +455,17 @@ def _train(
         train_together(studies, stage, side=side, force=force, retry_lr=retry_lr)
     for root in studies:
         typer.echo(root / "saes")
+
+
+@contextmanager
+def _imports() -> Iterator[None]:
+    """Import what stays: garbage collections look at none of it, now (a sixth of the time it takes) or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager
