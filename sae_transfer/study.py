@@ -393,11 +393,11 @@ def _surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in RECORDED_PACKAGES},
         "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
-        "git": _git_state(),
+        "git": git_state(),
     }
 
 
-def _git_state() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Commit and cleanliness of the package's own checkout, None when it is not run from one."""
 
     def git(*arguments: str) -> str:

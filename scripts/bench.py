@@ -13,12 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sae_transfer.study import git_state
 
 PACKAGES = ("torch", "transformers", "sae-lens", "transformer-lens", "numpy")
 
@@ -119,7 +122,10 @@ def _status_bytes(field: str) -> int:
 @cache
 def matmul_seconds(m: int, k: int, n: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
     """Measured seconds of one product `[m k] @ [k n]`, the median of several: the bound that fractions refer to."""
-    a, b, out = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((m, k), (k, n), (m, n)))
+    # random: a GPU runs products of equal numbers at a higher clock
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(*shape, generator=generator, device=device).to(dtype) for shape in ((m, k), (k, n)))
+    out = torch.empty(m, n, dtype=dtype, device=device)
     # small ones are all overhead, which a thousand show as well as any more
     repeats = min(max(1, int(2e10 / (2 * m * k * n))), 1000) if device == "cpu" else 20
 
@@ -161,11 +167,12 @@ def say(text: str) -> None:
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:
-    """Write the results beside what they were measured on."""
+    """Write the results beside the machine, the day and the code that they were measured on."""
 
     def plain(value: Any) -> Any:
         return asdict(value) if isinstance(value, Spread) else str(value)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": machine(), **results}, indent=2, default=plain)
+    where = {"machine": machine(), "date": str(datetime.now(UTC).date()), "git": git_state()}
+    text = json.dumps({**where, **results}, indent=2, default=plain)
     path.write_text(text + "\n", encoding="utf-8")

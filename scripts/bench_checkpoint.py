@@ -1,6 +1,6 @@
 """What checkpoints cost: seconds to write and to read one, and the share of training time at the default interval.
 
-    .venv/bin/python scripts/bench_checkpoint.py --d-in 1024 --widths 8192 32768 --json checkpoint.json
+    .venv/bin/python scripts/bench_checkpoint.py --d-in 1024 --widths 8192 32768 131072 --json checkpoint.json
 
 The share is seconds of wall clock for one checkpoint (files written, hashed and synced, to the disk of --directory)
 over `compute.checkpoint_every_min`. Beside it, what the disk alone takes for as many bytes, written and synced.

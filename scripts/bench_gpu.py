@@ -37,7 +37,16 @@ from sae_transfer.analysis.site import SiteActivations
 from sae_transfer.config import SAESpec
 from sae_transfer.cost.device import Device
 from sae_transfer.cost.shape import ModelShape, model_shape
-from sae_transfer.cost.work import Part, Precision, adam_part, head_part, layers_part, reconstruct_part, sae_step_part
+from sae_transfer.cost.work import (
+    Part,
+    Precision,
+    adam_part,
+    head_part,
+    layers_part,
+    reconstruct_part,
+    sae_step_part,
+    stream_part,
+)
 from sae_transfer.models.attention import repeat_keys
 from sae_transfer.models.splice import LayerSplicer
 from sae_transfer.saes.checkpoints import Checkpoints
@@ -98,6 +107,7 @@ class Result:
         seconds: Of one call.
         n_tokens: That a call deals with.
         part: What it computes in one call.
+        peak_bytes: Most GPU memory during a call, with what is there before; None on a CPU.
         of_bound: Fraction of the bound by products and memory traffic, on the measured machine.
         of_products: Fraction of the bound by products alone.
     """
@@ -106,6 +116,7 @@ class Result:
     seconds: Spread
     n_tokens: int
     part: tuple[Part, ...]
+    peak_bytes: int | None
     of_bound: float
     of_products: float
 
@@ -146,11 +157,14 @@ class Bench:
 
     def measure(self, name: str, run: Callable[[], object], n_tokens: int, *parts: Part) -> None:
         """Time one part, after one call that does not count."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         run()
         taken = Spread.of([seconds(run, self.device) for _ in range(self._repeats)])
+        peak = torch.cuda.max_memory_allocated() if self.on_gpu else None
         bound = sum(part.seconds(self.machine) for part in parts)
         products = sum(part.flops / self.machine.rates[part.precision] for part in parts)
-        self.results.append(Result(name, taken, n_tokens, parts, bound / taken.median, products / taken.median))
+        self.results.append(Result(name, taken, n_tokens, parts, peak, bound / taken.median, products / taken.median))
         say(f"{name}: {taken} s, {bound / taken.median:.0%} of the bound")
         self.write()
 
@@ -271,7 +285,8 @@ def training(bench: Bench) -> None:
         trainer = new_trainer(bench, shape.d_model, 10 * sizes.n_steps)
         if name == "few":
             make_few_active(bench, trainer, first)
-        whole = (to_site.times(n_tokens), step.times(sizes.n_steps), adam.times(sizes.n_steps))
+        steps = (step.times(sizes.n_steps), adam.times(sizes.n_steps))
+        whole = (to_site.times(n_tokens), stream_part(shape, 1).times(n_tokens), *steps)
         bench.measure(f"whole training, {name} active", partial(train, trainer), n_tokens, *whole)
     bench.note_l0("whole training, few active", trainer, first)
     save_checkpoint(bench, trainer)
@@ -371,7 +386,7 @@ def main() -> None:
     ]
     say(table(["part", "seconds", "tokens/s", "of the bound", "of the products", "hours for 800M tokens"], rows))
     if bench.on_gpu:
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = max(result.peak_bytes or 0 for result in bench.results) / 2**30
         say(f"most memory: {peak:.1f} GiB")
 
 

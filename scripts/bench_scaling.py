@@ -2,12 +2,13 @@
 
     .venv/bin/python scripts/bench_scaling.py
 
-A quarter of an hour. Each point is one stage of a small study over random models, in a process of its own on one core.
-Writes scaling.json, scaling.png and scaling.svg into results/benchmarks/.
+Half an hour. Each point is one stage of a small study over random models, in a process of its own on one core, the
+median of several. Writes scaling.json, scaling.png and scaling.svg into results/benchmarks/.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -84,6 +85,20 @@ def measure(axis: str, value: int, names: Sequence[str], device: Device) -> list
         ]
 
 
+def median(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of several measurements of a point, the stages with their median time, its spread, and the most memory."""
+    found = []
+    for rows in zip(*runs, strict=True):
+        times = [row["cpu_seconds"] for row in rows]
+        spread = {
+            "cpu_seconds": statistics.median(times),
+            "cpu_seconds_low": min(times),
+            "cpu_seconds_high": max(times),
+        }
+        found.append({**rows[0], **spread, "peak_bytes": max(row["peak_bytes"] for row in rows)})
+    return found
+
+
 def draw(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], machine_name: str) -> Plot:
     """Time above, memory below, an axis a column."""
     with styled():
@@ -132,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Cost against tokens, width, number of SAEs and layers.")
     parser.add_argument("--only", nargs="+", choices=list(AXES), default=list(AXES), help="Axes; unset: all.")
     parser.add_argument("--points", type=int, default=10, help="Points an axis, at most, from the smallest.")
+    parser.add_argument("--repeats", type=int, default=3, help="Measurements of a point.")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     arguments = parser.parse_args()
     on_one_core()
@@ -140,14 +156,19 @@ def main() -> None:
     for axis in arguments.only:
         values, names = AXES[axis]
         for value in values[: arguments.points]:
-            for row in measure(axis, value, names, device):
+            for row in median([measure(axis, value, names, device) for _ in range(arguments.repeats)]):
                 rows.append({**row, "seconds": row["cpu_seconds"] - idle[row["stage"]]})
                 say(
                     f"{axis} {value:,}, {row['stage']}: {rows[-1]['seconds']:.1f} s"
                     f" (predicted {row['predicted_seconds']:.1f}), {row['peak_bytes'] / GIB:.2f} GiB"
                     f" (predicted {row['predicted_bytes'] / GIB:.2f})"
                 )
-    found = {"device": asdict(device), "start_up_cpu_seconds": idle, "points": rows}
+    for key, predicted, allowed in (("seconds", "predicted_seconds", 0.5), ("peak_bytes", "predicted_bytes", 0.25)):
+        ratios = [row[predicted] / row[key] for row in rows]
+        n_within = sum(abs(value - 1) <= allowed for value in ratios)
+        text = f"{min(ratios):.2f} to {max(ratios):.2f}; within {allowed:.0%}: {n_within} of {len(ratios)}"
+        say(f"{predicted} over {key}: {text}")
+    found = {"device": asdict(device), "repeats": arguments.repeats, "start_up_cpu_seconds": idle, "points": rows}
     write_json(arguments.out / "scaling.json", found)
     plot = draw(rows, arguments.only, machine()["cpu"])
     for path in plot.write(arguments.out):

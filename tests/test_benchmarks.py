@@ -29,7 +29,9 @@ def test_the_evaluation_benchmark_finds_saelens_numbers(form: str, architecture:
     assert "run_evals, defaults" in done.stdout
 
 
-SMALL_STEP = "--d-sae 256 --d-model 32 --step-batch 64 --steps 5 --steps-a-round 2 --l0 10 --dictionary-l0 4"
+SMALL_STEP = (
+    "--no-compile --d-sae 256 --d-model 32 --step-batch 64 --steps 5 --steps-a-round 2 --l0 10 --dictionary-l0 4"
+)
 SMALL_LM = "--d-model 32 --heads 4 --kv-heads 2 --d-mlp 64 --layers 3 --site 1 --d-vocab 300"
 OTHERS = {
     "bench_gpu.py": "--small --repeats 1 --out {out}",
