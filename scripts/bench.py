@@ -23,6 +23,7 @@ import torch
 
 from sae_transfer.study import git_state
 
+GIT = git_state()  # of the code that runs, at its start
 PACKAGES = ("torch", "transformers", "sae-lens", "transformer-lens", "numpy")
 
 
@@ -173,6 +174,6 @@ def write_json(path: Path, results: Mapping[str, Any]) -> None:
         return asdict(value) if isinstance(value, Spread) else str(value)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    where = {"machine": machine(), "date": str(datetime.now(UTC).date()), "git": git_state()}
+    where = {"machine": machine(), "date": str(datetime.now(UTC).date()), "git": GIT}
     text = json.dumps({**where, **results}, indent=2, default=plain)
     path.write_text(text + "\n", encoding="utf-8")

@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/bench_scaling.py
 
-Half an hour. Each point is one stage of a small study over random models, in a process of its own on one core, the
-median of several. Writes scaling.json, scaling.png and scaling.svg into results/benchmarks/.
+A quarter of an hour for each repeat. Each point is one stage of a small study over random models, in a process of its
+own on one core, the median of several. Writes scaling.json, scaling.png and scaling.svg into results/benchmarks/.
 """
 
 import argparse

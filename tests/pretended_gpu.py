@@ -24,9 +24,12 @@ UNDERLYING = torch.device("privateuseone:0")
 _setup_privateuseone_for_python_backend()
 
 aten = torch.ops.aten
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+WRITING = {aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+INDEXING = {aten.index.Tensor, *WRITING}
 # Operations that may see two devices; an index may be on the CPU.
 BETWEEN_DEVICES = {aten.copy_.default, aten._to_copy.default, *INDEXING}
+# Those that take not even a number from another one.
+STRICT = {aten.stack.default, aten.cat.default}
 # What is answered by the CPU's tensor: numbers, and where the values lie (safetensors asks whether tensors share them).
 OF_THE_CPU = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
 OF_THE_CPU |= {Tensor.untyped_storage, Tensor.data_ptr}
@@ -34,7 +37,7 @@ OF_THE_CPU |= {Tensor.untyped_storage, Tensor.data_ptr}
 
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """While it is entered there is one GPU, `cuda` or `cuda:0`, in this thread and in pools started meanwhile."""
+    """While it is entered there is one GPU, `cuda` or `cuda:0`, in this thread and in that of an activation stream."""
     answers: dict[str, Callable[..., Any]] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
@@ -52,6 +55,8 @@ def pretended_gpu() -> Iterator[None]:
         for name, answer in answers.items():
             stack.enter_context(mock.patch(f"torch.cuda.{name}", answer))
         stack.enter_context(mock.patch("sae_transfer.saes.stream.ThreadPoolExecutor", _Pool))
+        # by hand and not by autograd, however many features they have
+        stack.enter_context(mock.patch.dict("sae_transfer.saes.steps.TOP_K_BELOW", {"cuda": 1.0}))
         stack.enter_context(_modes())
         yield
 
@@ -144,7 +149,12 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return n_here != 1
     if func is aten._fused_sdp_choice.default:
         return 0  # plain products: the fused kernels are called by the names of their devices
-    if func not in BETWEEN_DEVICES and n_here and any(t.dim() and not isinstance(t, _OnGpu) for t in tensors):
+    elsewhere = [t for t in tensors if not isinstance(t, _OnGpu) and (t.dim() or func in STRICT)]
+    if func in WRITING:
+        elsewhere = [args[2]] if args[2].dim() and isinstance(args[2], _OnGpu) != isinstance(args[0], _OnGpu) else []
+    elif func in BETWEEN_DEVICES:
+        elsewhere = []
+    if n_here and elsewhere:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, cuda:0 or cpu")
     if func in INDEXING and n_here and not isinstance(args[0], _OnGpu):
         raise RuntimeError(f"{func}: indices of a tensor on the CPU should be there too")

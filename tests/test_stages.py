@@ -17,7 +17,6 @@ from sae_transfer.models import conversations
 from sae_transfer.models.chat import read_rollouts, section_positions
 from sae_transfer.models.tokens import load_token_set
 from sae_transfer.pipeline import STAGES, run_stages
-from sae_transfer.saes import steps
 from sae_transfer.saes.training import continued_sae
 from sae_transfer.stages.context import Context, dataset_digests
 from sae_transfer.study_file import load_study
@@ -105,9 +104,7 @@ def test_a_study_on_a_gpu_has_the_numbers_of_the_cpu(
     tiny_study_file: Path,
     tiny_on_cpu: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(steps.TOP_K_BELOW, "cuda", 1.0)
     changes = [f"compute.device={gpu}", f"pair.dtype={dtype}", f"compute.autocast={dtype}"]
     run_stages(load_study(tiny_study_file, changes), tmp_path / "run", STAGES[:-1])
     for table in ("cross_eval/rows.csv", "instruct/rows.csv", "outliers/thresholds.csv", "weights/rows.csv"):

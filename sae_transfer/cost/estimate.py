@@ -203,7 +203,7 @@ def _evaluation(study: Study, shape: ModelShape, *, gpu: bool) -> Stage:
 
 
 def _outliers(study: Study, shape: ModelShape, *, gpu: bool) -> Stage:
-    """One SAE of each model under several thresholds; and a pass up to the site, for the weights stage."""
+    """One SAE of each model under several thresholds, and a pass up to the site."""
     specs = study.sae_specs()[:1]
     sides = set(study.train.models) if specs else {sae.trained_on for sae in study.external_saes}
     widths = len(sides) * [spec.d_sae for spec in specs]

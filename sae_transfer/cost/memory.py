@@ -86,7 +86,9 @@ def training_memory(
     stays = [not gpu and _is_by_hand(spec, gpu=gpu) for spec in specs]
     gradients = sum(n for n, stay in zip(params, stays, strict=True) if stay)
     gradients += max((n for n, stay in zip(params, stays, strict=True) if not stay), default=0)
-    cast = 2 * max(params) if autocast else 0
+    # in bfloat16, the encoder's share of the weights and, where dense products read it, the decoder's
+    cast = max(n * (1 if is_sparse(spec, gpu=gpu) else 2) for n, spec in zip(params, specs, strict=True))
+    cast = cast if autocast else 0
     positions = min(BLOCK_VALUES // shape.d_model, n_tokens)
     block = positions * (shape.d_model * n_bytes + 8)
     context = study.tokens.context_size
@@ -172,5 +174,5 @@ def _step_bytes(spec: SAESpec, d_in: int, batch_size: int, n_steps: int, *, auto
     if spec.architecture != "batchtopk":  # whose choice is one of the whole batch
         n_values = min(n_values, max(STEP_ELEMENTS["gpu" if gpu else "cpu"], 256 * spec.d_sae))
     # in bfloat16 a weight's gradient has a place of its own before it is added
-    third = max(n_values, d_in * spec.d_sae) if autocast else n_values
+    third = max(n_values, d_in * spec.d_sae) if autocast and not is_sparse(spec, gpu=gpu) else n_values
     return reviving + (2 if autocast else 4) * (2 * n_values + third)

@@ -93,7 +93,7 @@ def sae_step_part(spec: SAESpec, d_in: int, precision: Precision, l0: float | No
     Returns:
         The work.
     """
-    by_hand = spec.architecture in BY_HAND
+    by_hand = spec.architecture in BY_HAND and spec.sparsity_key != "k"  # top-k ones are by hand where they are sparse
     product = 2 * d_in * spec.d_sae
     if l0 is not None:
         return Part("SAE steps", product + 4 * 2 * d_in * l0, 6 * BYTES[precision] * spec.d_sae, precision)

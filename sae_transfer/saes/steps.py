@@ -26,8 +26,8 @@ from sae_transfer.saes.gradients import ActiveFeatures, Gradients, blocks
 # measured. By bytes and FLOPs of an H200 the break-even is near 0.0045 against bfloat16; this leaves the sparse
 # products room to be four times off their bound, and takes in an L0 of 131 at the post's width of 131072.
 SPARSE_BELOW = {"cpu": 0.07, "cuda": 0.001}
-# The same for topk and batchtopk, whose other way is SAELens's autograd: on a GPU that moves twice the bytes of a dense
-# step by hand (and that of the bound), so nothing is left for sparse products that are off their bound.
+# The same for topk and batchtopk. CUDA: not measured either; the break-even itself, since their other way is SAELens's
+# autograd, which moves four times the bytes of a dense bfloat16 step by hand. That is the room for sparse products.
 TOP_K_BELOW = {"cpu": 0.07, "cuda": 0.0045}
 
 

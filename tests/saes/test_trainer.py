@@ -10,7 +10,7 @@ from sae_lens import TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_transfer.saes import gradients, steps
+from sae_transfer.saes import gradients
 from sae_transfer.saes.trainer import FastTrainer
 from sae_transfer.saes.training import new_sae
 from tests.saes.saes import ARCHITECTURES, SPARSITY
@@ -131,12 +131,20 @@ def test_cut_and_resumed_is_the_uncut_training_bit_for_bit(architecture: str, tm
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "batchtopk"])
-def test_bfloat16_steps_learn_as_well(architecture: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(steps.SPARSE_BELOW, "cuda", steps.SPARSE_BELOW["cpu"])
-    monkeypatch.setitem(steps.TOP_K_BELOW, "cuda", steps.TOP_K_BELOW["cpu"])
+def test_bfloat16_steps_learn_as_well(architecture: str, device: str) -> None:
     config = configured()
     config.autocast, config.device = True, device
     losses = run(FastTrainer(config, new(architecture).to(device)), batches(120))
+    exact = run(FastTrainer(configured(), new(architecture)), batches(120))
+    assert losses[-1] == pytest.approx(exact[-1], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["gated", "jumprelu"])
+def test_on_a_gpu_bfloat16_autograd_learns_as_well(architecture: str) -> None:
+    config = configured()
+    config.autocast, config.device = True, "cuda"
+    losses = run(FastTrainer(config, new(architecture).to("cuda")), batches(120))
     exact = run(FastTrainer(configured(), new(architecture)), batches(120))
     assert losses[-1] == pytest.approx(exact[-1], rel=0.05)
 
