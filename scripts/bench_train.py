@@ -2,6 +2,7 @@
 
     python scripts/bench_train.py --part run --json results/benchmarks/train.json
     python scripts/bench_train.py --part step --json results/benchmarks/train_step.json
+    python scripts/bench_train.py --part fresh --json results/benchmarks/train_fresh.json
 
 Part `run`: several widths on one model, from token ids to folded SAEs on disk. SAELens runs with its defaults (a run a
 width, HookedTransformer) and with the best settings we know: all widths in its multi-SAE runner, the Hugging Face model
@@ -12,8 +13,9 @@ their loss on held-out tokens. In SAELens's favour: its default of 1000 batches 
 wandb is off.
 
 Part `step`: steps of one wide standard SAE on activations made from a sparse dictionary. The checkpoint started from is
-that dictionary itself, with the encoder bias that gives the L0 asked for. Then the same from fresh weights. SAELens's
-one setting for a float32 step is `compile_sae`, taken where there is a C++ compiler; compiling itself is not measured.
+that dictionary itself, with the encoder bias that gives the L0 asked for. Part `fresh`: a short training of such an SAE
+from fresh weights. Our dense step is a side too. SAELens's one setting for a float32 step is `compile_sae`, taken where
+there is a C++ compiler; compiling itself is not measured.
 """
 
 import argparse
@@ -364,12 +366,24 @@ def refuse_other(what: str, theirs: float, ours: float, side: str, allowed: floa
         sys.exit(f"{what}: {theirs:.6g} of {side}, {ours:.6g} of {OURS}; allowed is a difference of {allowed:.0e}")
 
 
-def part_step(args: argparse.Namespace) -> dict[str, Any]:
-    """Time of a step from a checkpoint of low L0, and of a training from fresh weights."""
-    directions, batches = dictionary_batches(args, 16)
-    bias, _ = checkpoint_at(args.l0, directions, batches[0])
+class StepSides:
+    """Trainers of one wide SAE, a side each, on the same batches."""
 
-    def new(*, at_checkpoint: bool) -> TrainingSAE[Any]:
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Make the dictionary, its batches, and the encoder bias that gives the L0 asked for."""
+        self._args = args
+        self._directions, self.batches = dictionary_batches(args, 16)
+        self._bias, _ = checkpoint_at(args.l0, self._directions, self.batches[0])
+        self.names = [OURS, OURS_DENSE, DEFAULTS]
+        compiler = os.environ.get("CXX", "g++")
+        if args.compile and shutil.which(compiler):
+            self.names.append(COMPILED)
+        elif args.compile:
+            say(f"without {COMPILED}: there is no {compiler}")
+
+    def new(self, *, at_checkpoint: bool) -> TrainingSAE[Any]:
+        """An SAE that is the dictionary, or a fresh one."""
+        args = self._args
         sae = new_sae(
             "standard",
             d_in=args.d_model,
@@ -384,15 +398,16 @@ def part_step(args: argparse.Namespace) -> dict[str, Any]:
         )
         if at_checkpoint:
             with torch.no_grad():
-                sae.W_dec.copy_(directions)
-                sae.W_enc.copy_(directions.T)
-                sae.get_parameter("b_enc").fill_(bias)
+                sae.W_dec.copy_(self._directions)
+                sae.W_enc.copy_(self._directions.T)
+                sae.get_parameter("b_enc").fill_(self._bias)
         return sae
 
-    def trainer(side: str, sae: TrainingSAE[Any], lr: float) -> SAETrainer[Any, Any]:
+    def trainer(self, side: str, sae: TrainingSAE[Any], lr: float) -> SAETrainer[Any, Any]:
+        """A side's trainer of an SAE."""
         config = SAETrainerConfig(
-            total_training_samples=10_000 * args.step_batch,
-            train_batch_size_samples=args.step_batch,
+            total_training_samples=10_000 * self._args.step_batch,
+            train_batch_size_samples=self._args.step_batch,
             lr=lr,
             lr_end=lr,
             lr_scheduler_name="constant",
@@ -405,79 +420,75 @@ def part_step(args: argparse.Namespace) -> dict[str, Any]:
             sae.training_forward_pass = torch.compile(sae.training_forward_pass)
         return FastTrainer(config, sae) if side in (OURS, OURS_DENSE) else SAETrainer(config, sae, iter(()))
 
-    def steps(side: str, of: SAETrainer[Any, Any], n: int) -> Callable[[], None]:
+    def steps(self, side: str, trainer: SAETrainer[Any, Any], n: int) -> Callable[[], None]:
+        """So many steps."""
+
         def run() -> None:
             with mock.patch.dict(SPARSE_BELOW, {"cpu": -1.0} if side == OURS_DENSE else {}):
                 for i in range(n):
-                    of.step(batches[i % len(batches)])
-                    of.n_training_steps += 1
+                    trainer.step(self.batches[i % len(self.batches)])
+                    trainer.n_training_steps += 1
 
         return run
 
-    sides = [OURS, OURS_DENSE, DEFAULTS]
-    compiler = os.environ.get("CXX", "g++")
-    if args.compile and shutil.which(compiler):
-        sides.append(COMPILED)
-    elif args.compile:
-        say(f"without {COMPILED}: there is no {compiler}")
+
+def part_step(args: argparse.Namespace) -> dict[str, Any]:
+    """Time and memory of a step from a checkpoint of low L0."""
+    sides = StepSides(args)
     memory, l0, warm = {}, {}, {}
-    for name in sides:
+    for name in sides.names:
         # the least learning rate: the state, and so L0, is that of the checkpoint in every round
-        warm[name] = trainer(name, new(at_checkpoint=True), 1e-9)
-        steps(name, warm[name], 2)()
+        warm[name] = sides.trainer(name, sides.new(at_checkpoint=True), 1e-9)
+        sides.steps(name, warm[name], 2)()
         for parameter in warm[name].sae.parameters():
             parameter.grad = None  # ours keeps them from step to step; they are a step's memory on every side
-        memory[name] = extra_peak_bytes(steps(name, warm[name], 2))
-        seen = warm[name].n_frac_active_samples
-        l0[name] = warm[name].act_freq_scores.sum().item() / seen
-    times = alternating({name: steps(name, of, args.steps_a_round) for name, of in warm.items()}, args.repeats)
+        memory[name] = extra_peak_bytes(sides.steps(name, warm[name], 2))
+        l0[name] = warm[name].act_freq_scores.sum().item() / warm[name].n_frac_active_samples
+        refuse_other("L0", l0[name], l0[OURS], name, SAME)
+    times = alternating({name: sides.steps(name, of, args.steps_a_round) for name, of in warm.items()}, args.repeats)
     per_step = {n: Spread.of([t / args.steps_a_round for t in spread.runs]) for n, spread in times.items()}
-    # the same SAE in every round, put back to its start, since compiled code belongs to one
-    fresh = {name: new(at_checkpoint=False) for name in sides}
-    start = copy.deepcopy(fresh[OURS].state_dict())
-    scratch_runs: dict[str, list[float]] = {name: [] for name in sides}
-    ends: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(args.repeats + 1):
-        for name in sides:
-            fresh[name].load_state_dict(start)
-            training = trainer(name, fresh[name], args.step_lr)
-            if round_ == 0:  # makes what is made once
-                steps(name, training, 3)()
-                continue
-            scratch_runs[name].append(seconds(steps(name, training, args.steps)))
-            ends[name] += [training.step(b).loss.item() for b in batches[:4]]
-            l0[f"{name}, trained"] = (fresh[name].encode(batches[0]) > 0).sum(-1).float().mean().item()
-    scratch = {name: Spread.of(values) for name, values in scratch_runs.items()}
     say(f"\nwidth {args.d_sae}, d_model {args.d_model}, batch {args.step_batch}: one step from L0 {l0[OURS]:.1f}")
     ratios = {name: ratio(spread, per_step[OURS]) for name, spread in per_step.items()}
-    rows = [(n, per_step[n], ratios[n], f"{memory[n] / 2**20:.0f}") for n in sides]
+    rows = [(n, per_step[n], ratios[n], f"{memory[n] / 2**20:.0f}") for n in sides.names]
     say(table(("side", "CPU s a step", "times ours", "extra peak MiB"), rows))
-    scratch_ratios = {name: ratio(spread, scratch[OURS]) for name, spread in scratch.items()}
-    say(f"\n{args.steps} steps from fresh weights")
-    rows = [
-        (n, scratch[n], scratch_ratios[n], f"{l0[f'{n}, trained']:.1f}", f"{statistics.mean(ends[n]):.4f}")
-        for n in sides
-    ]
+    return {"seconds_a_step": per_step, "ratio": ratios, "extra_bytes": memory, "l0": l0}
+
+
+def part_fresh(args: argparse.Namespace) -> dict[str, Any]:
+    """Time of a training from fresh weights."""
+    sides = StepSides(args)
+    # the same SAE in every round, put back to its start, since compiled code belongs to one
+    fresh = {name: sides.new(at_checkpoint=False) for name in sides.names}
+    start = copy.deepcopy(fresh[OURS].state_dict())
+    runs: dict[str, list[float]] = {name: [] for name in sides.names}
+    losses: dict[str, list[float]] = {name: [] for name in sides.names}
+    l0 = {}
+    for round_ in range(args.repeats + 1):
+        for name in sides.names:
+            fresh[name].load_state_dict(start)
+            training = sides.trainer(name, fresh[name], args.step_lr)
+            if round_ == 0:  # makes what is made once
+                sides.steps(name, training, 3)()
+                continue
+            runs[name].append(seconds(sides.steps(name, training, args.steps)))
+            losses[name] += [training.step(b).loss.item() for b in sides.batches[:4]]
+            l0[name] = (fresh[name].encode(sides.batches[0]) > 0).sum(-1).float().mean().item()
+    times = {name: Spread.of(values) for name, values in runs.items()}
+    ratios = {name: ratio(spread, times[OURS]) for name, spread in times.items()}
+    say(f"\nwidth {args.d_sae}, d_model {args.d_model}, batch {args.step_batch}: {args.steps} steps from fresh weights")
+    ends = {name: statistics.mean(values) for name, values in losses.items()}
+    rows = [(n, times[n], ratios[n], f"{l0[n]:.1f}", f"{ends[n]:.4f}") for n in sides.names]
     say(table(("side", "CPU s", "times ours", "L0 at the end", "loss at the end"), rows))
-    for name in sides:
-        refuse_other("L0", l0[name], l0[OURS], name, SAME)
-        refuse_other("loss at the end", statistics.mean(ends[name]), statistics.mean(ends[OURS]), name, SAME)
-        refuse_other("L0 at the end", l0[f"{name}, trained"], l0[f"{OURS}, trained"], name, SAME_L0)
-    return {
-        "seconds_a_step": per_step,
-        "ratio": ratios,
-        "extra_bytes": memory,
-        "l0": l0,
-        "scratch_seconds": scratch,
-        "scratch_ratio": scratch_ratios,
-        "scratch_loss": ends,
-    }
+    for name in sides.names:
+        refuse_other("loss at the end", ends[name], ends[OURS], name, SAME)
+        refuse_other("L0 at the end", l0[name], l0[OURS], name, SAME_L0)
+    return {"seconds": times, "ratio": ratios, "l0": l0, "loss": losses}
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["run", "step", "all"], default="all")
+    parser.add_argument("--part", choices=["run", "step", "fresh", "all"], default="all")
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds; in part run, seeds")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the tokens and of the dictionary")
     parser.add_argument("--threads", type=int, default=1)
@@ -499,7 +510,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument(
         "--buffer", type=int, default=500, help="sequences in the mixing buffer, SAELens tuned; its own default is 20"
     )
-    step = parser.add_argument_group("part step")
+    step = parser.add_argument_group("parts step and fresh")
     step.add_argument("--d-sae", type=int, default=8192)
     step.add_argument("--d-model", type=int, default=512)
     step.add_argument("--step-batch", type=int, default=1024)
@@ -526,6 +537,8 @@ def main() -> None:
             results["run"] = part_run(args, Path(scratch))
     if args.part in ("step", "all"):
         results["step"] = part_step(args)
+    if args.part in ("fresh", "all"):
+        results["fresh"] = part_fresh(args)
     if args.json:
         write_json(args.json, results)
         say(f"written to {args.json}")
