@@ -87,8 +87,8 @@ def training_memory(
     gradients = sum(n for n, stay in zip(params, stays, strict=True) if stay)
     gradients += max((n for n, stay in zip(params, stays, strict=True) if not stay), default=0)
     # in bfloat16, the encoder's share of the weights and, where dense products read it, the decoder's
-    cast = max(n * (1 if is_sparse(spec, gpu=gpu) else 2) for n, spec in zip(params, specs, strict=True))
-    cast = cast if autocast else 0
+    casts = [n * (1 if is_sparse(spec, gpu=gpu) else 2) for n, spec in zip(params, specs, strict=True)]
+    cast = max(casts) if autocast else 0
     positions = min(BLOCK_VALUES // shape.d_model, n_tokens)
     block = positions * (shape.d_model * n_bytes + 8)
     context = study.tokens.context_size

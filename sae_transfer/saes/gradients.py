@@ -25,7 +25,8 @@ with warnings.catch_warnings():
 
 # Elements of `[tok d_sae]` at a time: a few MB on a CPU, which stay in its cache; on a GPU all, as a rule.
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**30}
-# Of the encoder's gradient at a time, whose sparse product comes transposed, in memory of its own.
+# Of the encoder's gradient at a time, whose sparse product comes transposed, in memory of its own. CPU: 2**21 took 25
+# ms and 32 MiB where this takes 16 ms and 4 MiB (d_model 512, d_sae 8192, 30,720 active features).
 STRIP_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 # Matrix products of fewer rows were slower (by half at 128).
 BLOCK_ROWS = 256

@@ -28,7 +28,7 @@ from sae_transfer.saes.gradients import ActiveFeatures, Gradients, blocks
 SPARSE_BELOW = {"cpu": 0.07, "cuda": 0.001}
 # The same for topk and batchtopk. CUDA: not measured either; the break-even itself, since their other way is SAELens's
 # autograd, which moves four times the bytes of a dense bfloat16 step by hand. That is the room for sparse products.
-TOP_K_BELOW = {"cpu": 0.07, "cuda": 0.0045}
+TOP_K_BELOW = {**SPARSE_BELOW, "cuda": 0.0045}
 
 
 class Outcome(NamedTuple):
