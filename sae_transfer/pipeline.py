@@ -124,6 +124,8 @@ def _opened(
     # Torch takes all cores it sees, also those that a job was not given.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores))
+    # Steps of training alone use TF32; some containers switch it on for everything, by a variable that torch reads.
+    torch.set_float32_matmul_precision("highest")
     device = choose_device(study.compute.device)
     pair = study.pair
     checkpoints, notes = resolve_pair(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import say, table, write_json
-from small_studies import TINY, VERBS, carry_out, make_study, measured_core, on_one_core, start_up
+from small_studies import TINY, VERBS, carry_out, make_study, measured_core, on_one_core, say_agreement, start_up
 
 from sae_transfer.cost.device import Device
 from sae_transfer.cost.estimate import REALISED, estimate
@@ -114,10 +114,7 @@ def main() -> None:
             ],
         )
     )
-    for key, allowed in (("time_ratio", 0.5), ("memory_ratio", 0.25)):
-        values = [row[key] for row in rows]
-        n_within = sum(abs(value - 1) <= allowed for value in values)
-        say(f"{key}: {min(values):.2f} to {max(values):.2f}; within {allowed:.0%}: {n_within} of {len(values)}")
+    say_agreement(rows)
     write_json(arguments.out, {"device": asdict(device), "start_up_cpu_seconds": idle, "stages": rows})
 
 

@@ -160,13 +160,18 @@ class Bench:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         run()
-        taken = Spread.of([seconds(run, self.device) for _ in range(self._repeats)])
+        taken = Spread.of([self._seconds(run) for _ in range(self._repeats)])
         peak = torch.cuda.max_memory_allocated() if self.on_gpu else None
         bound = sum(part.seconds(self.machine) for part in parts)
         products = sum(part.flops / self.machine.rates[part.precision] for part in parts)
         self.results.append(Result(name, taken, n_tokens, parts, peak, bound / taken.median, products / taken.median))
         say(f"{name}: {taken} s, {bound / taken.median:.0%} of the bound")
         self.write()
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        if self.on_gpu:
+            torch.cuda.empty_cache()  # else what earlier runs' streams keep is given back in the middle of this one
+        return seconds(run, self.device)
 
     @property
     def few_active(self) -> int:
@@ -365,6 +370,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.small and not torch.cuda.is_available():
         raise SystemExit("bench_gpu.py needs a CUDA GPU; --small runs small shapes on the CPU")
+    torch.set_float32_matmul_precision("highest")  # as a study does, whatever the environment says
     sizes = SMALL if arguments.small else FULL
     if arguments.width is not None:
         sizes = Sizes(**{**vars(sizes), "d_sae": arguments.width})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, say, write_json
-from small_studies import VERBS, carry_out, make_study, measured_core, on_one_core, start_up
+from small_studies import VERBS, carry_out, make_study, measured_core, on_one_core, say_agreement, start_up
 
 from sae_transfer.cost.device import Device
 from sae_transfer.cost.estimate import REALISED, estimate
@@ -163,11 +163,7 @@ def main() -> None:
                     f" (predicted {row['predicted_seconds']:.1f}), {row['peak_bytes'] / GIB:.2f} GiB"
                     f" (predicted {row['predicted_bytes'] / GIB:.2f})"
                 )
-    for key, predicted, allowed in (("seconds", "predicted_seconds", 0.5), ("peak_bytes", "predicted_bytes", 0.25)):
-        ratios = [row[predicted] / row[key] for row in rows]
-        n_within = sum(abs(value - 1) <= allowed for value in ratios)
-        text = f"{min(ratios):.2f} to {max(ratios):.2f}; within {allowed:.0%}: {n_within} of {len(ratios)}"
-        say(f"{predicted} over {key}: {text}")
+    say_agreement(rows)
     found = {"device": asdict(device), "repeats": arguments.repeats, "start_up_cpu_seconds": idle, "points": rows}
     write_json(arguments.out / "scaling.json", found)
     plot = draw(rows, arguments.only, machine()["cpu"])

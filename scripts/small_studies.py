@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from bench import matmul_seconds, seconds
+from bench import matmul_seconds, say, seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_transfer.cost.device import Device
@@ -21,6 +21,8 @@ from sae_transfer.study_file import load_study
 
 # stage of the estimate -> verb that carries it out
 VERBS = {"training": "train", "evaluation": "cross-eval", "outliers": "outliers"}
+# What is measured -> what is predicted of it, and how far off that may be.
+PREDICTED = {"seconds": ("predicted_seconds", 0.5), "peak_bytes": ("predicted_bytes", 0.25)}
 TINY = {
     "hidden_size": 128,
     "intermediate_size": 344,
@@ -122,6 +124,15 @@ def start_up(stages: Iterable[str]) -> dict[str, float]:
             for stage, seconds_of in taken.items():
                 seconds_of.append(carry_out(path, VERBS[stage]).cpu_seconds)
     return {stage: statistics.median(seconds_of) for stage, seconds_of in taken.items()}
+
+
+def say_agreement(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Say how far the predictions of stages lie from what was measured; each row has all keys of `PREDICTED`."""
+    for measured, (predicted, allowed) in PREDICTED.items():
+        ratios = [row[predicted] / row[measured] for row in rows]
+        n_within = sum(abs(value - 1) <= allowed for value in ratios)
+        text = f"{min(ratios):.2f} to {max(ratios):.2f}; within {allowed:.0%}: {n_within} of {len(ratios)}"
+        say(f"{predicted} over {measured}: {text}")
 
 
 def carry_out(path: Path, verb: str) -> Taken:

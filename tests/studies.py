@@ -1,8 +1,9 @@
-"""A small study over a random pair, as a file on disk, and how to run it as a user does."""
+"""A small study over a random pair, as a file on disk, and how to run it, or a script, as a user does."""
 
 import csv
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ def write_study(directory: Path, base: Path, chat: Path, text: Path, **sections:
         "saes": {"widths": [64], "l1_coefficient": [1]},
         "train": {"tokens": 4096, "batch_size": 64, "lr": 1e-3, "scale_tokens": 2048},
         "evaluate": {"tokens": 1024, "outlier_threshold": 8},
+        "compute": {"device": "cpu"},
         **sections,
     }
     path = directory / "small.yaml"
@@ -42,19 +44,19 @@ def read_rows(run: Path, name: str = "cross_eval/rows.csv") -> list[dict[str, st
         return list(csv.DictReader(file))
 
 
-LONGEST_S = 300  # of a command in a test
+LONGEST_S = 600  # of a command in a test
 
 
 class Started:
-    """`sae-transfer` in a process of its own, forked from one that has imported what takes ten seconds."""
+    """`sae-transfer`, or a script, in a process of its own, forked from one that has imported what takes long."""
 
-    def __init__(self, *arguments: str | Path, cwd: Path | None = None) -> None:
+    def __init__(self, *arguments: str | Path, cwd: Path | None = None, script: Path | None = None) -> None:
         """Start it."""
-        self._command = [str(argument) for argument in arguments]
+        self._command = [str(script or "sae-transfer"), *map(str, arguments)]
         self._said = tempfile.TemporaryDirectory()
         self._output = [Path(self._said.name) / name for name in ("stdout", "stderr")]
         self._process = IMPORTED.Process(
-            target=_carry_out, args=(self._command, cwd or Path.cwd(), dict(os.environ), self._output)
+            target=_carry_out, args=(self._command, script, cwd or Path.cwd(), dict(os.environ), self._output)
         )
         self._process.start()
 
@@ -91,6 +93,11 @@ def cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Completed
     return Started(*arguments, cwd=cwd).end()
 
 
+def run_script(path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python script to its end."""
+    return Started(*arguments, script=path).end()
+
+
 def cli_anew(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """The same in a new Python, whose libraries read the environment as it is now."""
     command = [sys.executable, "-m", "sae_transfer", *map(str, arguments)]
@@ -101,15 +108,21 @@ IMPORTED = multiprocessing.get_context("forkserver")
 IMPORTED.set_forkserver_preload(["sae_transfer.pipeline", "sae_transfer.report.page", "tests.studies"])
 
 
-def _carry_out(command: list[str], cwd: Path, environment: dict[str, str], output: list[Path]) -> None:
+def _carry_out(
+    command: list[str], script: Path | None, cwd: Path, environment: dict[str, str], output: list[Path]
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     for descriptor, path in zip((1, 2), output, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-    sys.argv = ["sae-transfer", *command]
-    main()
+    sys.argv = command
+    if script is None:
+        main()
+    else:
+        sys.path.insert(0, str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def hold(run: Path, *parts: str) -> "subprocess.Popen[str]":

@@ -11,6 +11,7 @@ import pytest
 from sae_transfer.cost.shape import model_shape
 from sae_transfer.cost.work import head_part, layers_part, reconstruct_part
 from tests.cost.shapes import MISTRAL
+from tests.studies import run_script
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = "--d-model 32 --heads 4 --kv-heads 2 --d-mlp 64 --layers 3 --site 1 --d-vocab 300 --context 64"
@@ -20,8 +21,7 @@ SMALL = "--d-model 32 --heads 4 --kv-heads 2 --d-mlp 64 --layers 3 --site 1 --d-
 @pytest.mark.parametrize(("form", "architecture"), [("mistral", "standard"), ("qwen2", "topk")])
 def test_the_evaluation_benchmark_finds_saelens_numbers(form: str, architecture: str, tmp_path: Path) -> None:
     options = f"{SMALL} --saes 2 --d-sae 128 --repeats 2 --prompts 1 2 --form {form} --architecture {architecture}"
-    script = [sys.executable, str(SCRIPTS / "bench_eval.py"), *options.split(), "--json", str(tmp_path / "out.json")]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    done = run_script(SCRIPTS / "bench_eval.py", *options.split(), "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["differences"]) == 3 and found["machine"]["threads"] == 1
@@ -44,8 +44,7 @@ OTHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("script", OTHERS)
 def test_the_other_benchmarks_run(script: str, tmp_path: Path) -> None:
-    options = OTHERS[script].format(out=tmp_path / "out.json").split()
-    done = subprocess.run([sys.executable, SCRIPTS / script, *options], capture_output=True, text=True, check=False)
+    done = run_script(SCRIPTS / script, *OTHERS[script].format(out=tmp_path / "out.json").split())
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "out.json").read_text())
 

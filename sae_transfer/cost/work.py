@@ -96,7 +96,9 @@ def sae_step_part(spec: SAESpec, d_in: int, precision: Precision, l0: float | No
     by_hand = spec.architecture in BY_HAND and spec.sparsity_key != "k"  # top-k ones are by hand where they are sparse
     product = 2 * d_in * spec.d_sae
     if l0 is not None:
-        return Part("SAE steps", product + 4 * 2 * d_in * l0, 6 * BYTES[precision] * spec.d_sae, precision)
+        # four sparse products, in each of which an active feature takes a float32 row of a matrix
+        n_bytes = 6 * BYTES[precision] * spec.d_sae + 4 * 4 * d_in * l0
+        return Part("SAE steps", product + 4 * 2 * d_in * l0, n_bytes, precision)
     products = DENSE_PRODUCTS[spec.architecture] + (spec.options.get("apply_b_dec_to_input", False) and not by_hand)
     values = STEP_VALUES * BYTES[precision] if by_hand else AUTOGRAD_VALUES * 4
     return Part("SAE steps", products * product, values * spec.d_sae, precision)

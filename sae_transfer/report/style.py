@@ -91,7 +91,8 @@ class Plot:
         png, svg = (directory / f"{self.name}{suffix}" for suffix in (".png", ".svg"))
         with styled():
             # layout and extent once: left to `savefig`, they take most of the time of each file
-            self.figure.draw_without_rendering()
+            if (engine := self.figure.get_layout_engine()) is not None:
+                engine.execute(self.figure)
             self.figure.set_layout_engine(None)
             extent = self.figure.get_tightbbox().padded(PAD)
             for path, metadata in ((png, {"Software": None}), (svg, {"Date": None})):

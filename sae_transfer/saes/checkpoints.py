@@ -1,7 +1,7 @@
 """Checkpoints of one SAE's training: unfolded weights and SAELens's trainer state, checked by digests when read.
 
 `saes/<id>/checkpoints/<step>/` is complete when it has its name. Saved between two steps, after the counters moved, it
-continues bit for bit.
+continues on a CPU bit for bit.
 """
 
 import logging

@@ -189,7 +189,8 @@ class Gradients:
         for strip, (first, last) in zip(strips, pairwise(bounds), strict=True):
             own = starts[strip.start : strip.stop + 1] - starts[strip.start]
             shape = (strip.stop - strip.start, len(self._x))
-            part = (_csr(own, rows[first:last], grads[first:last], shape) @ self._encoder_in).T
+            # copied, since a slice may begin where a GPU's sparse products cannot read several values at once
+            part = (_csr(own, rows[first:last], grads[first:last].clone(), shape) @ self._encoder_in).T
             W_enc_grad[:, strip] = part.add_(W_enc_grad[:, strip]) if self._has_dense else part
 
 

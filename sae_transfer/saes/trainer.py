@@ -43,6 +43,9 @@ class FastTrainer(SAETrainer[Any, Any]):
     def __init__(self, config: SAETrainerConfig, sae: TrainingSAE[Any]) -> None:
         """Train this SAE, in place, on batches given to `step`."""
         super().__init__(config, sae, iter(()))
+        # made in the process's default type, which another thread changes while it loads a bfloat16 model
+        self.act_freq_scores = self.act_freq_scores.float()
+        self.n_forward_passes_since_fired = self.n_forward_passes_since_fired.float()
         assert config.lr_end is not None
         self._device = torch.device(config.device)
         self._dtype = torch.bfloat16 if config.autocast else torch.float32

@@ -177,9 +177,9 @@ def train_saes(
 ) -> None:
     """Train all on every batch of the stream, fold the factor in, and store them.
 
-    What was cut goes on from its checkpoints, bit for bit, and an SAE that is stored already is left as it is. SAEs
-    that have no checkpoint at the same step are trained one group after the other. An SAE's directory is complete only
-    when its provenance is there; then its checkpoints are gone.
+    What was cut goes on from its checkpoints, on a CPU bit for bit, and an SAE that is stored already is left as it is.
+    SAEs that have no checkpoint at the same step are trained one group after the other. An SAE's directory is complete
+    only when its provenance is there; then its checkpoints are gone.
 
     Args:
         trainees: SAEs in scaled space.

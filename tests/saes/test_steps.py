@@ -202,6 +202,10 @@ def test_other_saes_keep_saelens_step() -> None:
 @pytest.mark.parametrize("below", [-1.0, 1.0])
 def test_on_a_gpu_the_gradients_are_those_of_the_cpu(below: float, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(steps.SPARSE_BELOW, "cuda", below)
+    # several blocks of the batch and strips of features
+    monkeypatch.setattr(gradients, "BLOCK_ROWS", 64)
+    monkeypatch.setitem(gradients.BLOCK_ELEMENTS, "cuda", 1)
+    monkeypatch.setitem(gradients.STRIP_ELEMENTS, "cuda", 1)
     for sae, step in (
         (standard(enc_bias=-0.6), lambda sae, x: standard_step(sae, x, L1, torch.float32)),
         (topk("batchtopk"), lambda sae, x: topk_step(sae, x, torch.arange(200, device=x.device) < 50, torch.float32)),
