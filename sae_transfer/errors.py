@@ -1,11 +1,9 @@
 """The one exception for what a user can mend: it is shown as one message, without traceback, exit code 2."""
 
-# Of torch's CPU allocator, of CUDA outside of torch's own allocator, of cuBLAS, of cuSPARSE. Handles of the last two
-# are made at their first product, and fail by whatever name where nothing is left for them.
+# Of torch's CPU allocator, of CUDA outside of torch's own allocator, of cuBLAS, of cuSPARSE.
 OUT_OF_MEMORY = (
-    *("can't allocate memory", "CUDA error: out of memory"),
-    *("CUBLAS_STATUS_ALLOC_FAILED", "when calling `cublasCreate("),
-    *("insufficient resources when calling `cusparse", "when calling `cusparseCreate("),
+    *("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+    *("resource allocation failed when calling `cusparse", "insufficient resources when calling `cusparse"),
 )
 
 

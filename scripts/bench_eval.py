@@ -1,8 +1,8 @@
 """Cross-evaluation against SAELens's own `run_evals`: CPU time, memory, and whether the numbers are the same.
 
     python scripts/bench_eval.py --sequences 1 --prompts 1 --json results/benchmarks/eval.json
-    python scripts/bench_eval.py --d-model 256 --d-vocab 151936 --saes 8 --sequences 1 --prompts 1 --context 256 \
-        --layers 4 --site 2 --json results/benchmarks/eval_vocabulary.json
+    python scripts/bench_eval.py --d-model 256 --d-vocab 151936 --saes 8 --sequences 1 --prompts 1 --layers 4 \
+        --site 2 --json results/benchmarks/eval_vocabulary.json
 
 A model of Mistral's or Qwen2's form with random weights and random SAEs are made; both sides then give cross-entropy
 (clean, spliced, zero-ablated), KL, L0, explained variance and MSE of every SAE over the same tokens. SAELens runs

@@ -155,12 +155,23 @@ class Bench:
         gib = torch.cuda.mem_get_info()[1] / 2**30 if self.on_gpu else 1.0
         return Device("measured", rate(torch.bfloat16) if self.on_gpu else float32, float32, gbps, gib)
 
-    def measure(self, name: str, run: Callable[[], object], n_tokens: int, *parts: Part) -> None:
-        """Time one part, after one call that does not count."""
+    def measure(
+        self, name: str, run: Callable[[], object], n_tokens: int, *parts: Part, starts_empty: bool = False
+    ) -> None:
+        """Time one part, after one call that does not count.
+
+        Args:
+            name: Of the part.
+            run: What is timed.
+            n_tokens: Tokens of a call.
+            *parts: Its work.
+            starts_empty: Whether torch gives back what it keeps before each call, for a call that makes a CUDA stream:
+                no other can use what a stream of a call before kept, which would be given back in the middle of one.
+        """
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         run()
-        taken = Spread.of([self._seconds(run) for _ in range(self._repeats)])
+        taken = Spread.of([self._seconds(run, starts_empty) for _ in range(self._repeats)])
         peak = torch.cuda.max_memory_allocated() if self.on_gpu else None
         bound = sum(part.seconds(self.machine) for part in parts)
         products = sum(part.flops / self.machine.rates[part.precision] for part in parts)
@@ -168,9 +179,9 @@ class Bench:
         say(f"{name}: {taken} s, {bound / taken.median:.0%} of the bound")
         self.write()
 
-    def _seconds(self, run: Callable[[], object]) -> float:
-        if self.on_gpu:
-            torch.cuda.empty_cache()  # else what earlier runs' streams keep is given back in the middle of this one
+    def _seconds(self, run: Callable[[], object], starts_empty: bool) -> float:
+        if self.on_gpu and starts_empty:
+            torch.cuda.empty_cache()
         return seconds(run, self.device)
 
     @property
@@ -292,7 +303,7 @@ def training(bench: Bench) -> None:
             make_few_active(bench, trainer, first)
         steps = (step.times(sizes.n_steps), adam.times(sizes.n_steps))
         whole = (to_site.times(n_tokens), stream_part(shape, 1).times(n_tokens), *steps)
-        bench.measure(f"whole training, {name} active", partial(train, trainer), n_tokens, *whole)
+        bench.measure(f"whole training, {name} active", partial(train, trainer), n_tokens, *whole, starts_empty=True)
     bench.note_l0("whole training, few active", trainer, first)
     save_checkpoint(bench, trainer)
 

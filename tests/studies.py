@@ -94,7 +94,7 @@ def cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Completed
 
 
 def run_script(path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a Python script to its end."""
+    """Run a Python script to its end; what this package imports is imported already, and no `atexit` is called."""
     return Started(*arguments, script=path).end()
 
 

@@ -162,6 +162,15 @@ def test_running_again_does_nothing_and_says_so(
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.npz")} == stamps
 
 
+def test_a_study_is_exact_where_the_environment_switches_tf32_on(finished: Path, study_file: Path) -> None:
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does
+    try:
+        run_stages(load_study(study_file), finished, ALL)
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_the_same_study_twice_gives_identical_rows_also_from_its_resolved_file(finished: Path, tmp_path: Path) -> None:
     run_stages(parse_study_file(finished / "study.yaml"), tmp_path / "again", ALL)
     for name in ("cross_eval/rows.csv", "cross_eval/transfer.csv"):

@@ -96,8 +96,8 @@ def test_only_errors_of_memory_are_out_of_memory() -> None:
     assert is_out_of_memory(too_large.value)
     for said in (
         "CUDA error: out of memory\nCompile with ...",
-        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
-        "CUDA error: initialization error when calling `cusparseCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: insufficient resources when calling `cusparseSpMM(...)`",
     ):
         assert is_out_of_memory(RuntimeError(said)), said
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))

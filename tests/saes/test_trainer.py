@@ -149,6 +149,15 @@ def test_on_a_gpu_bfloat16_autograd_learns_as_well(architecture: str) -> None:
     assert losses[-1] == pytest.approx(exact[-1], rel=0.05)
 
 
+def test_counters_are_float32_while_another_thread_loads_a_bfloat16_model() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        trainer = FastTrainer(configured(), new("standard"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert trainer.n_forward_passes_since_fired.dtype == trainer.act_freq_scores.dtype == torch.float32
+
+
 def test_tf32_is_for_training_alone(gpu: str) -> None:
     config = configured()
     config.device = gpu

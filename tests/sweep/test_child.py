@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sae_transfer.errors import StudyError
-from sae_transfer.sweep import child
+from sae_transfer.sweep import child, local
 from sae_transfer.sweep.child import Child
 from sae_transfer.sweep.jobs import Job
 from sae_transfer.sweep.states import read_record, submitted, update_record
@@ -42,14 +42,21 @@ def test_what_a_job_says_is_kept_without_secrets(tmp_path: Path, monkeypatch: py
     assert child.finish().message == "https://hub.example answers <HF_TOKEN> with 401"
 
 
-def test_a_log_is_kept_short_and_the_end_is_still_found_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_grows_is_kept_short_and_its_end_is_still_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(child, "LOG_BYTES", 200)
+    update_record(tmp_path, "report", lambda record: submitted(record, REPORT, "local"))
+    slots: dict[int, Child | None] = {0: Child(tmp_path, REPORT, (), {})}
     log = tmp_path / "jobs" / "report" / "log.txt"
-    log.parent.mkdir(parents=True)
-    log.write_text("step\n" * 41)
-    record = ended_child(tmp_path).finish()
+    with log.open("a") as said:
+        said.write("step\n" * 41)
+    while slots[0] is not None:
+        local._collect(slots, set())
+        time.sleep(0.1)
     assert log.with_name("log.previous.txt").read_text() == "step\n" * 41
-    assert log.stat().st_size < 200 and record.message and record.message in log.read_text()
+    message = read_record(tmp_path, "report").message
+    assert log.stat().st_size < 200 and message and message in log.read_text()
 
 
 def test_a_full_disk_delays_what_is_written_of_a_job_and_loses_none_of_it(small_disk: Path) -> None:

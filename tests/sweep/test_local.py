@@ -61,13 +61,16 @@ def test_a_sweep_runs_to_its_report_and_is_done_then(llama_pair: Pair, text_file
     # An earlier attempt at one of the cells is still ending; its job waits for that.
     earlier = hold(out / "cells" / expand(load_sweep(sweep))[0].id, "base", "chat")
     (out / local.SWEEP_LOCK).touch()  # as the sweep command that submitted it left
-    sweeping = Started("sweep", sweep, "--out", out, "--wait", "--slots", "2")
-    sweeping.wait_for(lambda: any("in use; waiting" in log.read_text() for log in out.glob("jobs/train-base*/log.txt")))
-    earlier.kill()
-    earlier.wait()
+    logs = out / "jobs"
+    try:
+        sweeping = Started("sweep", sweep, "--out", out, "--wait", "--slots", "2")
+        sweeping.wait_for(lambda: any("in use; waiting" in log.read_text() for log in logs.glob("train-base*/log.txt")))
+    finally:
+        earlier.kill()
+        earlier.wait()
     done = sweeping.end()
     assert done.returncode == 0, done.stderr
-    (log,) = out.glob("jobs/train-base*/log.txt")
+    (log,) = logs.glob("train-base*/log.txt")
     assert "in use; waiting" in log.read_text()
     assert str(out / "report" / "index.html") in done.stdout
     shown = json.loads(cli("status", out, "--json").stdout)
