@@ -1,5 +1,9 @@
 """Steps worked out by hand: the losses, gradients and counts of SAELens's forward pass and autograd."""
 
+import json
+from collections.abc import Callable
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch.profiler import ProfilerActivity, profile
 
 from sae_transfer.saes import gradients, steps
 from sae_transfer.saes.steps import Outcome, by_hand, standard_step, topk_step
@@ -128,6 +133,31 @@ def test_sparse_and_dense_blocks_of_one_batch_add_up(monkeypatch: pytest.MonkeyP
     outcome = standard_step(sae, x, L1, torch.float32)
     assert taken == ["add_sparse", "add_sparse", "add_sparse", "add_dense", "add_dense"]
     assert_same(sae, x, outcome)
+
+
+def most_bytes_held(run: Callable[[], object], trace: Path) -> int:
+    """The most that tensors made in a call take at once; resident memory holds the allocator's accidents as well."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    profiler.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    before, *totals = [event["args"]["Total Allocated"] for event in sorted(events, key=itemgetter("ts"))]
+    return max(totals) - before
+
+
+@pytest.mark.parametrize(("d_in", "d_sae", "enc_bias"), [(128, 2048, -2.9), (256, 4096, -4.2)])
+def test_a_sparse_step_takes_less_memory_than_a_dense_one(
+    d_in: int, d_sae: int, enc_bias: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sae, x = standard(d_in, d_sae, enc_bias=enc_bias), inputs(512, d_in)
+    held = {}
+    for way, below in (("sparse", 1.0), ("dense", -1.0)):
+        monkeypatch.setitem(steps.SPARSE_BELOW, "cpu", below)
+        sae.zero_grad()
+        assert 5 < standard_step(sae, x, L1, torch.float32).counts.sum() / len(x) < 0.01 * d_sae
+        sae.zero_grad()  # they are a step's memory on both ways
+        held[way] = most_bytes_held(lambda: standard_step(sae, x, L1, torch.float32), tmp_path / "trace.json")
+    assert held["sparse"] < 0.85 * held["dense"]
 
 
 @pytest.mark.usefixtures("way")
