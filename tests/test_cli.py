@@ -36,7 +36,7 @@ def test_mistakes_in_a_study_exit_2_all_at_once_without_traceback(tmp_path: Path
 def test_check_says_what_will_be_done_and_what_it_costs(
     llama_pair: tuple[Path, Path], text_file: Path, tmp_path: Path
 ) -> None:
-    config = write_study(tmp_path, *llama_pair, text_file)
+    config = write_study(tmp_path, *llama_pair, text_file, compute=None)
     result = cli("check", config, "--on", "h200")
     assert result.returncode == 0, result.stderr
     assert "device      h200: 791 TFLOP/s" in result.stdout and "DOES NOT FIT" not in result.stdout

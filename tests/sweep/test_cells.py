@@ -77,7 +77,7 @@ def test_an_id_changes_with_what_changes_numbers_and_with_nothing_else(
         (cell,) = cells_of(tmp_path, llama_pair, text_file, {"site.layer": [1]}, *sets)
         return cell.id
 
-    assert only() == only("compute.device=cpu") == only("tracking.wandb=offline") == only("report.margin=0.1")
+    assert only() == only("compute.device=auto") == only("tracking.wandb=offline") == only("report.margin=0.1")
     assert len({only(), only("train.lr=2e-3"), only("evaluate.tokens=512"), only("name=other")}) == 4
 
 
@@ -172,7 +172,7 @@ def test_cells_are_frozen_once_and_a_sweep_only_grows(
     assert len(read_cells(out)) == 3
 
     with caplog.at_level(logging.WARNING):
-        freeze(cells_of(tmp_path, llama_pair, text_file, {"site.layer": [0, 1, 2]}, "compute.device=cpu"), out)
+        freeze(cells_of(tmp_path, llama_pair, text_file, {"site.layer": [0, 1, 2]}, "compute.device=auto"), out)
     assert "stays as frozen; the sweep now says otherwise of compute" in caplog.text
     other = tmp_path / "other.txt"
     other.write_text("other words")
