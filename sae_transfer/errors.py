@@ -1,9 +1,11 @@
 """The one exception for what a user can mend: it is shown as one message, without traceback, exit code 2."""
 
-# Of torch's CPU allocator, of CUDA outside of torch's own allocator, of cuBLAS, of cuSPARSE.
 OUT_OF_MEMORY = (
-    *("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-    *("resource allocation failed when calling `cusparse", "insufficient resources when calling `cusparse"),
+    "can't allocate memory",  # torch's CPU allocator
+    "CUDA error: out of memory",  # CUDA outside of torch's own allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "resource allocation failed when calling `cusparse",
+    "insufficient resources when calling `cusparse",
 )
 
 

@@ -6,9 +6,10 @@
 
 A model of Mistral's or Qwen2's form with random weights and random SAEs are made; both sides then give cross-entropy
 (clean, spliced, zero-ablated), KL, L0, explained variance and MSE of every SAE over the same tokens. SAELens runs
-with its defaults (HookedTransformer, 16 prompts a batch, or all where there are fewer) and with the best settings we
-know: its wrapper of the Hugging Face model, which has the fused attention, at several batch sizes. What is loaded
-once is loaded before. A difference of the numbers ends the benchmark with an error.
+with its defaults (HookedTransformer, 16 prompts a batch) and with the best settings we know: its wrapper of the Hugging
+Face model, which has the fused attention, at several batch sizes. It weighs every batch alike, so a batch is the next
+smaller one that divides the sequences. What is loaded once is loaded before. A difference of the numbers ends the
+benchmark with an error.
 """
 
 import argparse
@@ -262,6 +263,11 @@ class Theirs:
         )
 
 
+def fitting(prompts: int, sequences: int) -> int:
+    """The largest batch, at most `prompts`, that divides the sequences."""
+    return max(n for n in range(1, sequences + 1) if n <= max(1, prompts) and sequences % n == 0)
+
+
 def hooked_transformer(model: Any, directory: Path, context: int) -> Any:
     """SAELens's default model, of the same weights, unprocessed."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -337,7 +343,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--form", choices=["mistral", "qwen2"], default="mistral", help="architecture of the model")
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--site", type=int, default=4, help="layer whose input is the site")
+    parser.add_argument("--site", type=int, default=4, help="layer whose input is the site, at least 1")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--d-mlp", type=int, default=1792)
@@ -349,13 +355,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--architecture", choices=["standard", "topk"], default="standard", help="of the SAEs")
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds")
     parser.add_argument(
-        "--prompts", type=int, nargs="*", default=[1, 2], help="batch sizes to try for SAELens at its best"
+        "--prompts", type=int, nargs="+", default=[1, 2], help="batch sizes to try for SAELens at its best"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=None, help="where the results are written")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 1 <= args.site < args.layers:
+        parser.error(f"--site: got {args.site}; expected 1 to {args.layers - 1}, the last of {args.layers} layers")
+    return args
 
 
 def main() -> None:
@@ -393,11 +402,11 @@ def measure(args: argparse.Namespace, sizes: Sizes, directory: Path) -> dict[str
     proxy = HookedProxyLM(model, None, hook_names=[proxy_hook])  # pyright: ignore[reportArgumentType]
     hooked = hooked_transformer(model, directory / "model", sizes.context)
     sides: dict[str, Callable[[], None]] = {"sae_transfer": ours}
-    default = min(DEFAULT_PROMPTS, sizes.sequences)
+    default = fitting(DEFAULT_PROMPTS, sizes.sequences)
     sides[f"run_evals, defaults (HookedTransformer, {default} prompts)"] = Theirs(
         hooked, hook_name, on_device, saes, default
     )
-    for prompts in sorted({min(n, sizes.sequences) for n in args.prompts}):
+    for prompts in sorted({fitting(n, sizes.sequences) for n in args.prompts}):
         name = f"run_evals, tuned (Hugging Face with SDPA, {prompts} prompts)"
         sides[name] = Theirs(proxy, proxy_hook, on_device, saes, prompts)
 

@@ -163,7 +163,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=None, help="where the results are written")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 1 <= args.site < args.layers:
+        parser.error(f"--site: got {args.site}; expected 1 to {args.layers - 1}, the last of {args.layers} layers")
+    return args
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,14 @@ SMALL = "--d-model 32 --heads 4 --kv-heads 2 --d-mlp 64 --layers 3 --site 1 --d-
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from Linux's kernel")
 @pytest.mark.parametrize(("form", "architecture"), [("mistral", "standard"), ("qwen2", "topk")])
 def test_the_evaluation_benchmark_finds_saelens_numbers(form: str, architecture: str, tmp_path: Path) -> None:
-    options = f"{SMALL} --saes 2 --d-sae 128 --repeats 2 --prompts 1 2 --form {form} --architecture {architecture}"
-    done = run_script(SCRIPTS / "bench_eval.py", *options.split(), "--json", tmp_path / "out.json")
+    sizes = f"{SMALL} --saes 2 --d-sae 128 --repeats 2 --sequences 6 --prompts 1 4"
+    options = f"{sizes} --form {form} --architecture {architecture} --json {tmp_path / 'out.json'}"
+    done = run_script(SCRIPTS / "bench_eval.py", *options.split())
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "out.json").read_text())
-    assert len(found["differences"]) == 3 and found["machine"]["threads"] == 1
+    assert found["machine"]["threads"] == 1
+    # batches of one size alone, as `run_evals` weighs them all alike
+    assert re.findall(r"(\d+) prompts", " ".join(found["differences"])) == ["6", "1", "3"]
     assert all(len(side["runs"]) == 2 for side in found["seconds"].values())
     assert "run_evals, defaults" in done.stdout
 
