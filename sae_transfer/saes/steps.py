@@ -170,7 +170,7 @@ def _row_top(ranked: Float[Tensor, "tok d_sae"], k: int) -> ActiveFeatures:
     """The k largest of each row, of these the positive ones."""
     values, cols = torch.topk(ranked, k, dim=-1, sorted=False)
     is_active = values > 0
-    return ActiveFeatures(is_active.nonzero()[:, 0], cols[is_active], values[is_active])
+    return ActiveFeatures(is_active.nonzero()[:, 0].int(), cols[is_active].int(), values[is_active])
 
 
 def _batch_top(ranked: Float[Tensor, "tok d_sae"], k: float) -> ActiveFeatures:
@@ -181,4 +181,4 @@ def _batch_top(ranked: Float[Tensor, "tok d_sae"], k: float) -> ActiveFeatures:
 
 
 def _at(flat: Tensor, values: Tensor, d_sae: int) -> ActiveFeatures:
-    return ActiveFeatures(flat // d_sae, flat % d_sae, values)
+    return ActiveFeatures((flat // d_sae).int(), (flat % d_sae).int(), values)

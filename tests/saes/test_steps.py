@@ -118,7 +118,9 @@ def test_rows_without_an_active_feature_are_reconstructed_by_the_bias() -> None:
     assert_same(sae, x, outcome)
 
 
-def test_sparse_and_dense_blocks_of_one_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [1, 300, 2**17])  # active features until they are summed: of one block, of two, of all
+def test_sparse_and_dense_blocks_of_one_batch_add_up(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gradients.KEPT_FEATURES, "cpu", kept)
     monkeypatch.setitem(gradients.BLOCK_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(gradients, "BLOCK_ROWS", 64)
     taken = []
@@ -145,19 +147,28 @@ def most_bytes_held(run: Callable[[], object], trace: Path) -> int:
     return max(totals) - before
 
 
-@pytest.mark.parametrize(("d_in", "d_sae", "enc_bias"), [(128, 2048, -2.9), (256, 4096, -4.2)])
+@pytest.mark.parametrize(
+    ("d_in", "d_sae", "n_rows", "share", "at_most"),
+    # few are active, as late in training; and about as many as a sparse step takes, of a batch of many blocks
+    [(128, 2048, 512, 0.005, 0.85), (256, 4096, 512, 0.005, 0.85), (256, 4096, 2048, 0.065, 1.0)],
+)
 def test_a_sparse_step_takes_less_memory_than_a_dense_one(
-    d_in: int, d_sae: int, enc_bias: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    d_in: int, d_sae: int, n_rows: int, share: float, at_most: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sae, x = standard(d_in, d_sae, enc_bias=enc_bias), inputs(512, d_in)
+    assert share < steps.SPARSE_BELOW["cpu"]
+    sae, x = standard(d_in, d_sae), inputs(n_rows, d_in)
+    with torch.no_grad():
+        pre_acts = (x @ sae.W_enc).flatten()
+        sae.b_enc.fill_(-pre_acts.kthvalue(int((1 - share) * len(pre_acts))).values)
     held = {}
     for way, below in (("sparse", 1.0), ("dense", -1.0)):
         monkeypatch.setitem(steps.SPARSE_BELOW, "cpu", below)
         sae.zero_grad()
-        assert 5 < standard_step(sae, x, L1, torch.float32).counts.sum() / len(x) < 0.01 * d_sae
+        n_active = standard_step(sae, x, L1, torch.float32).counts.sum().item()
+        assert n_active == pytest.approx(share * len(pre_acts), rel=0.1)
         sae.zero_grad()  # they are a step's memory on both ways
         held[way] = most_bytes_held(lambda: standard_step(sae, x, L1, torch.float32), tmp_path / "trace.json")
-    assert held["sparse"] < 0.85 * held["dense"]
+    assert held["sparse"] < at_most * held["dense"]
 
 
 @pytest.mark.usefixtures("way")
@@ -236,6 +247,7 @@ def test_on_a_gpu_the_gradients_are_those_of_the_cpu(below: float, gpu: str, mon
     monkeypatch.setattr(gradients, "BLOCK_ROWS", 64)
     monkeypatch.setitem(gradients.BLOCK_ELEMENTS, "cuda", 1)
     monkeypatch.setitem(gradients.STRIP_ELEMENTS, "cuda", 1)
+    monkeypatch.setitem(gradients.KEPT_FEATURES, "cuda", 1)
     for sae, step in (
         (standard(enc_bias=-0.6), lambda sae, x: standard_step(sae, x, L1, torch.float32)),
         (topk("batchtopk"), lambda sae, x: topk_step(sae, x, torch.arange(200, device=x.device) < 50, torch.float32)),
