@@ -6,10 +6,9 @@
 
 A model of Mistral's or Qwen2's form with random weights and random SAEs are made; both sides then give cross-entropy
 (clean, spliced, zero-ablated), KL, L0, explained variance and MSE of every SAE over the same tokens. SAELens runs
-with its defaults (HookedTransformer, 16 prompts a batch) and with the best settings we know: its wrapper of the Hugging
-Face model, which has the fused attention, at several batch sizes. It weighs every batch alike, so a batch is the next
-smaller one that divides the sequences. What is loaded once is loaded before. A difference of the numbers ends the
-benchmark with an error.
+with its defaults (HookedTransformer, 16 prompts a batch, or all where there are fewer) and with the best settings we
+know: its wrapper of the Hugging Face model, which has the fused attention, at several batch sizes. What is loaded
+once is loaded before. A difference of the numbers ends the benchmark with an error.
 """
 
 import argparse
@@ -204,9 +203,9 @@ class TokenRows:
         self.store_batch_size_prompts = len(tokens)
 
     def get_batch_tokens(self, n: int) -> torch.Tensor:
-        """The next n rows, round and round."""
+        """The next n rows, or as many as are left; then from the first again."""
         rows = self._tokens[self._at : self._at + n]
-        self._at = (self._at + n) % len(self._tokens)
+        self._at = self._at + n if self._at + n < len(self._tokens) else 0
         return rows
 
     def reset_input_dataset(self) -> None:
@@ -220,7 +219,7 @@ class Theirs:
     def __init__(
         self, model: Any, hook_name: str, tokens: torch.Tensor, saes: Sequence[SAE[Any]], prompts: int
     ) -> None:
-        """Hold what is loaded once; `prompts` a batch divide the sequences."""
+        """Hold what is loaded once."""
         self._model, self._tokens, self._saes, self._hook_name = model, tokens, saes, hook_name
         self._prompts = prompts
         self.found: list[Values] = []
@@ -236,7 +235,7 @@ class Theirs:
 
     def _evaluate(self, sae: SAE[Any], *, kl: bool, sparsity: bool, without: list[int] | bool) -> dict[str, Any]:
         sae.cfg.metadata.hook_name = self._hook_name
-        n_batches = len(self._tokens) // self._prompts
+        n_batches = -(-len(self._tokens) // self._prompts)
         config = EvalConfig(
             batch_size_prompts=self._prompts,
             n_eval_reconstruction_batches=n_batches,
@@ -261,11 +260,6 @@ class Theirs:
             l0=metrics["sparsity"]["l0"],
             mse=quality["mse"],
         )
-
-
-def fitting(prompts: int, sequences: int) -> int:
-    """The largest batch, at most `prompts`, that divides the sequences."""
-    return max(n for n in range(1, sequences + 1) if n <= max(1, prompts) and sequences % n == 0)
 
 
 def hooked_transformer(model: Any, directory: Path, context: int) -> Any:
@@ -361,9 +355,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=None, help="where the results are written")
+    return parsed(parser)
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, of which --site, --layers and --prompts fit together; else the script ends."""
     args = parser.parse_args()
     if not 1 <= args.site < args.layers:
-        parser.error(f"--site: got {args.site}; expected 1 to {args.layers - 1}, the last of {args.layers} layers")
+        parser.error(f"--site: got {args.site}; expected at least 1, and less than --layers, {args.layers}")
+    if min(args.prompts) < 1:
+        parser.error(f"--prompts: got {min(args.prompts)}; expected at least 1")
     return args
 
 
@@ -402,11 +403,11 @@ def measure(args: argparse.Namespace, sizes: Sizes, directory: Path) -> dict[str
     proxy = HookedProxyLM(model, None, hook_names=[proxy_hook])  # pyright: ignore[reportArgumentType]
     hooked = hooked_transformer(model, directory / "model", sizes.context)
     sides: dict[str, Callable[[], None]] = {"sae_transfer": ours}
-    default = fitting(DEFAULT_PROMPTS, sizes.sequences)
+    default = min(DEFAULT_PROMPTS, sizes.sequences)
     sides[f"run_evals, defaults (HookedTransformer, {default} prompts)"] = Theirs(
         hooked, hook_name, on_device, saes, default
     )
-    for prompts in sorted({fitting(n, sizes.sequences) for n in args.prompts}):
+    for prompts in sorted({min(n, sizes.sequences) for n in args.prompts}):
         name = f"run_evals, tuned (Hugging Face with SDPA, {prompts} prompts)"
         sides[name] = Theirs(proxy, proxy_hook, on_device, saes, prompts)
 

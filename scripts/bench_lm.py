@@ -16,14 +16,14 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bench import alternating, extra_peak_bytes, machine, ratio, say, table, write_json
-from bench_eval import Sizes, hooked_transformer, make_model
+from bench_eval import Sizes, hooked_transformer, make_model, parsed
 from datasets import Dataset
 from numpy.typing import NDArray
 from sae_lens.load_model import HookedProxyLM
@@ -70,6 +70,11 @@ def theirs(
         yield store.get_raw_llm_batch()[0]
 
 
+def whole_batches(n_rows: int, prompts: Sequence[int]) -> int:
+    """The next smaller number of rows that batches of each size divide, or that are one: SAELens's store fills them."""
+    return next(n for n in range(n_rows, 0, -1) if all(n % min(size, n) == 0 for size in prompts))
+
+
 def largest_difference(one: Iterator[torch.Tensor], other: Iterator[torch.Tensor], d_model: int) -> float:
     """Of two runs over the same rows, relative to the largest activation."""
     a, b = (torch.cat([acts.reshape(-1, d_model) for acts in acts_of]) for acts_of in (one, other))
@@ -80,7 +85,7 @@ def measure(args: argparse.Namespace, context: int, directory: Path) -> dict[str
     """Compare the activations at one length of context, then time and memory of every side."""
     sizes = Sizes(
         args.d_model, args.layers, args.site, args.heads, args.kv_heads, args.d_mlp, args.d_vocab, context,
-        max(1, args.tokens // context), saes=0, d_sae=0,
+        whole_batches(max(1, args.tokens // context), [*args.prompts, DEFAULT_PROMPTS]), saes=0, d_sae=0,
     )  # fmt: skip
     model = make_model(directory, args.form, sizes, args.seed).to(args.device)
     hook_name, proxy_hook = f"blocks.{sizes.site}.hook_resid_pre", f"model.layers.{sizes.site - 1}"
@@ -156,17 +161,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--d-mlp", type=int, default=1024)
     parser.add_argument("--d-vocab", type=int, default=32000)
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 1024, 2048], help="tokens of a sequence")
-    parser.add_argument("--tokens", type=int, default=8192, help="in all, at each context")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="in all, at each context; whole batches of them are taken"
+    )
     parser.add_argument("--prompts", type=int, nargs="+", default=[1], help="batch sizes to try for SAELens")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=None, help="where the results are written")
-    args = parser.parse_args()
-    if not 1 <= args.site < args.layers:
-        parser.error(f"--site: got {args.site}; expected 1 to {args.layers - 1}, the last of {args.layers} layers")
-    return args
+    return parsed(parser)
 
 
 def main() -> None:

@@ -27,8 +27,7 @@ def test_the_evaluation_benchmark_finds_saelens_numbers(form: str, architecture:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["machine"]["threads"] == 1
-    # batches of one size alone, as `run_evals` weighs them all alike
-    assert re.findall(r"(\d+) prompts", " ".join(found["differences"])) == ["6", "1", "3"]
+    assert re.findall(r"(\d+) prompts", " ".join(found["differences"])) == ["6", "1", "4"]
     assert all(len(side["runs"]) == 2 for side in found["seconds"].values())
     assert "run_evals, defaults" in done.stdout
 
@@ -41,7 +40,7 @@ OTHERS = {
     "bench_gpu.py": "--small --repeats 1 --out {out}",
     "bench_train.py": f"--repeats 1 --widths 64 --tokens 16384 --norm-batches 4 {SMALL_STEP} --json {{out}}",
     "bench_checkpoint.py": "--d-in 32 --widths 64 --repeats 1 --json {out}",
-    "bench_lm.py": f"{SMALL_LM} --contexts 32 --tokens 64 --repeats 1 --json {{out}}",
+    "bench_lm.py": f"{SMALL_LM} --contexts 32 --tokens 224 --prompts 2 3 --repeats 1 --json {{out}}",
 }
 
 
@@ -51,6 +50,13 @@ def test_the_other_benchmarks_run(script: str, tmp_path: Path) -> None:
     done = run_script(SCRIPTS / script, *OTHERS[script].format(out=tmp_path / "out.json").split())
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.parametrize("script", ["bench_eval.py", "bench_lm.py"])
+@pytest.mark.parametrize("options", ["--site 0", "--site 8 --layers 8", "--prompts 2 0"])
+def test_a_site_or_batches_that_cannot_be_are_refused(script: str, options: str) -> None:
+    done = run_script(SCRIPTS / script, *options.split())
+    assert done.returncode == 2 and f"{options.split()[0]}: got " in done.stderr
 
 
 @pytest.mark.slow

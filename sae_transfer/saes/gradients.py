@@ -30,9 +30,10 @@ BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**30}
 STRIP_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 # Matrix products of fewer rows were slower (by half at 128).
 BLOCK_ROWS = 256
-# Active features that are kept until their sums over tokens are taken, at 32 bytes each: those of a large batch are
-# never in memory together. CPU: with 2**18, steps at 6% active took 2 to 6% more memory than dense ones.
-KEPT_FEATURES = {"cpu": 2**17, "cuda": 2**26}
+# Active features are kept until there is one for so many elements of a block, then summed over tokens: those of a large
+# batch are never in memory together, at 32 bytes each. CPU: with 8 for 16, steps at 6% active took 2 to 6% more memory
+# than dense ones.
+ELEMENTS_A_KEPT_FEATURE = 16
 
 
 class ActiveFeatures(NamedTuple):
@@ -45,7 +46,11 @@ class ActiveFeatures(NamedTuple):
 
 def blocks(n_rows: int, d_sae: int, device: torch.device) -> Iterator[slice]:
     """Consecutive blocks of rows."""
-    return _slices(n_rows, max(BLOCK_ROWS, BLOCK_ELEMENTS[device.type] // d_sae))
+    return _slices(n_rows, _block_rows(d_sae, device))
+
+
+def _block_rows(d_sae: int, device: torch.device) -> int:
+    return max(BLOCK_ROWS, BLOCK_ELEMENTS[device.type] // d_sae)
 
 
 class Gradients:
@@ -83,6 +88,7 @@ class Gradients:
         self._error = torch.empty_like(x)
         self._kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # rows, columns, values, gradients
         self._n_kept = 0
+        self._most_kept = _block_rows(len(self._W_dec), x.device) * len(self._W_dec) // ELEMENTS_A_KEPT_FEATURE
         self._has_begun = False  # whether the weights' `grad` is of this batch
         for parameter in (self._W_enc, self._b_enc, self._W_dec, self._b_dec):
             if parameter.grad is None:
@@ -94,7 +100,7 @@ class Gradients:
 
     def pre_acts(self, block: slice) -> Float[Tensor, "tok d_sae"]:
         """The encoder's product on a block of rows."""
-        if self._n_kept >= KEPT_FEATURES[self._x.device.type]:
+        if self._n_kept >= self._most_kept:
             self._add_kept()  # now, between two blocks, when the memory of neither is taken
         encoder_in = self._encoder_in[block].to(self._dtype)
         return torch.addmm(self._of_dtype(self._b_enc), encoder_in, self._of_dtype(self._W_enc))

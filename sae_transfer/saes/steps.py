@@ -122,6 +122,7 @@ def topk_step(
         if norms is not None:
             active = active._replace(values=active.values * (1 / norms)[active.cols])
         gradients.add_sparse(block, active)
+        del ranked, active
     gradients.finish()
     losses = {"mse_loss": gradients.squared_error(), "auxiliary_reconstruction_loss": x.new_zeros(())}
     if len(dead):

@@ -118,23 +118,31 @@ def test_rows_without_an_active_feature_are_reconstructed_by_the_bias() -> None:
     assert_same(sae, x, outcome)
 
 
-@pytest.mark.parametrize("kept", [1, 300, 2**17])  # active features until they are summed: of one block, of two, of all
-def test_sparse_and_dense_blocks_of_one_batch_add_up(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gradients.KEPT_FEATURES, "cpu", kept)
+@pytest.mark.parametrize(("most_kept", "times_summed"), [(1, 3), (400, 2), (12800, 1)])  # about 300 active in a block
+def test_sparse_and_dense_blocks_of_one_batch_add_up(
+    most_kept: int, times_summed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(gradients.BLOCK_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(gradients, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(gradients, "ELEMENTS_A_KEPT_FEATURE", 64 * 200 // most_kept)
     taken = []
-    for name in ("add_sparse", "add_dense"):
+    for name in ("add_sparse", "add_dense", "_add_kept"):
         method = getattr(gradients.Gradients, name)
         monkeypatch.setattr(
             gradients.Gradients, name, lambda self, *a, m=method, n=name: (taken.append(n), m(self, *a))[1]
         )
     sae, x = standard(enc_bias=-1.0), inputs()
-    x[:192] *= 0.1
-    x[192:] *= 4.0
+    x[64:128] *= 4.0
+    x[256:] *= 4.0
     outcome = standard_step(sae, x, L1, torch.float32)
-    assert taken == ["add_sparse", "add_sparse", "add_sparse", "add_dense", "add_dense"]
+    ways = [name for name in taken if name != "_add_kept"]
+    assert ways == ["add_sparse", "add_dense", "add_sparse", "add_sparse", "add_dense"]
+    assert taken.count("_add_kept") == times_summed
     assert_same(sae, x, outcome)
+    expected = grads(sae)
+    standard_step(sae, x, L1, torch.bfloat16)
+    for name, grad in grads(sae).items():
+        assert off(grad, expected[name]) < 0.05, name
 
 
 def most_bytes_held(run: Callable[[], object], trace: Path) -> int:
@@ -149,8 +157,12 @@ def most_bytes_held(run: Callable[[], object], trace: Path) -> int:
 
 @pytest.mark.parametrize(
     ("d_in", "d_sae", "n_rows", "share", "at_most"),
-    # few are active, as late in training; and about as many as a sparse step takes, of a batch of many blocks
-    [(128, 2048, 512, 0.005, 0.85), (256, 4096, 512, 0.005, 0.85), (256, 4096, 2048, 0.065, 1.0)],
+    # few are active, as late in training; and about as many as a sparse step takes, of a batch of many blocks, with
+    # most of one block's or none of them kept beside the next
+    [
+        *[(128, 2048, 512, 0.005, 0.85), (256, 4096, 512, 0.005, 0.85)],
+        *[(256, 4096, 2048, 0.062, 1.0), (256, 4096, 2048, 0.068, 1.0)],
+    ],
 )
 def test_a_sparse_step_takes_less_memory_than_a_dense_one(
     d_in: int, d_sae: int, n_rows: int, share: float, at_most: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -247,7 +259,7 @@ def test_on_a_gpu_the_gradients_are_those_of_the_cpu(below: float, gpu: str, mon
     monkeypatch.setattr(gradients, "BLOCK_ROWS", 64)
     monkeypatch.setitem(gradients.BLOCK_ELEMENTS, "cuda", 1)
     monkeypatch.setitem(gradients.STRIP_ELEMENTS, "cuda", 1)
-    monkeypatch.setitem(gradients.KEPT_FEATURES, "cuda", 1)
+    monkeypatch.setattr(gradients, "ELEMENTS_A_KEPT_FEATURE", 64 * 200)
     for sae, step in (
         (standard(enc_bias=-0.6), lambda sae, x: standard_step(sae, x, L1, torch.float32)),
         (topk("batchtopk"), lambda sae, x: topk_step(sae, x, torch.arange(200, device=x.device) < 50, torch.float32)),
