@@ -139,8 +139,8 @@ def _opened(
     study = study.model_copy(update={"pair": pair.model_copy(update=revisions)})
     tracking = study.tracking
     with (
-        _out_of_memory_said(),
         RunDirectory.open(root, identity, sides) as run,
+        _out_of_memory_said(),
         open_tracker(
             tracking.wandb,
             project=tracking.project,

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from logging.handlers import RotatingFileHandler
@@ -210,7 +211,11 @@ class RunDirectory:
             package_logger.addHandler(log_file)
             stack.callback(log_file.close)
             stack.callback(package_logger.removeHandler, log_file)
-            yield run
+            try:
+                yield run
+            except BaseException as error:
+                log_file.handle(_last_record(error))  # in the file alone: who gets the error says it to the user
+                raise
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:
@@ -311,6 +316,13 @@ class RunDirectory:
             write_json(path, manifest)
 
 
+def _last_record(error: BaseException) -> logging.LogRecord:
+    """What a run's log says of the exception that ended it; where that is a bug, with its traceback."""
+    is_bug = isinstance(error, Exception) and not isinstance(error, StudyError)
+    text = "".join(traceback.format_exception(error)).rstrip() if is_bug else str(error) or type(error).__name__
+    return logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), None)
+
+
 def refuse_newer(root: Path) -> None:
     """Refuse a run directory that a newer version wrote.
 
@@ -337,6 +349,16 @@ class _SharedLog(RotatingFileHandler):
             self.handleError(record)
             return
         super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave out what a full disk has no room for: the terminal has it."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file; what was left out would be tried again here."""
+        with suppress(OSError):
+            super().close()
 
     def doRollover(self) -> None:
         """Begin a new file, unless the other process just did."""

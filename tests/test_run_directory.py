@@ -3,20 +3,31 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sae_transfer import study
+from sae_transfer import signals, study
 from sae_transfer.errors import StudyError
 from sae_transfer.study import PATIENCE_VARIABLE, RunDirectory
+from tests.disks import fill
 from tests.studies import hold
 
 logger = logging.getLogger("sae_transfer")
 
 NAMED = ["-c", "user.name=someone", "-c", "user.email=someone@example.org"]
+
+
+def fail(root: Path, error: BaseException, before: Callable[[], object] = lambda: None) -> None:
+    """A run that an exception ends."""
+    with RunDirectory.open(root, {}):
+        logger.info("begun")
+        before()
+        raise error
 
 
 def test_who_is_told_to_be_patient_waits_for_the_process_before_it(
@@ -58,6 +69,36 @@ def test_two_writers_of_one_log_begin_a_new_file_together(tmp_path: Path, monkey
     assert all(file.stat().st_size <= 1000 for file in files)
     kept = [line.split("INFO ")[1] for file in reversed(files) for line in file.read_text().splitlines()]
     assert kept == lines[-len(kept) :] and len(kept) > 7, "the newest lines, in order, none missing"
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "has_traceback"),
+    [
+        (StudyError("no such layer", "lower site.layer"), "no such layer\n  try: lower site.layer\n", False),
+        (signals.Stopped(signal.SIGTERM), "stopped by SIGTERM\n", False),
+        (KeyboardInterrupt(), "KeyboardInterrupt\n", False),
+        (ZeroDivisionError("of https://me:hush@example.org"), "ZeroDivisionError: of https://example.org\n", True),
+    ],
+)
+def test_the_log_ends_with_what_ended_the_run(
+    error: BaseException, said: str, has_traceback: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(type(error)):
+        fail(tmp_path, error)
+    end = (tmp_path / "log.txt").read_text().partition("begun\n")[2]
+    assert end.endswith(said) and end.count(" ERROR ") == 1 and ("Traceback" in end) is has_traceback
+    assert "ERROR" not in caplog.text, "the terminal is told by who gets the error"
+
+
+def test_a_log_without_room_leaves_a_run_its_own_error(small_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def fill_the_disk() -> None:
+        fill(small_disk)
+        logger.info("x" * 10_000)
+
+    with pytest.raises(StudyError, match="the first reason"):
+        fail(small_disk / "run", StudyError("the first reason"), fill_the_disk)
+    assert "begun" in (small_disk / "run" / "log.txt").read_text()
+    assert capfd.readouterr().err == ""
 
 
 def test_the_checkout_that_a_manifest_names_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
