@@ -10,12 +10,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,13 @@ from safetensors import SafetensorError
 from sae_transfer import __version__
 from sae_transfer.config import SIDES, Study
 from sae_transfer.errors import StudyError
-from sae_transfer.progress import ThinProgress
-from sae_transfer.redaction import Redaction, redacted
+from sae_transfer.redaction import redacted
+from sae_transfer.run_log import logged
 from sae_transfer.study_file import resolved_yaml
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_SLICES, SAMPLE_BYTES = 64, 2**16
-LOG_PROGRESS_EVERY_S, LOG_BYTES = 60.0, 4 * 2**20  # bound log.txt: one line a minute, and one older file beside it
 LOCK_FILE = ".lock"
 # Seconds to wait for a run directory in use. Jobs of a sweep do: one may begin while its earlier attempt still writes.
 PATIENCE_VARIABLE = "SAE_TRANSFER_LOCK_PATIENCE_S"
@@ -193,7 +190,7 @@ class RunDirectory:
                 root.mkdir(parents=True, exist_ok=True)
                 for side in sides:
                     stack.enter_context(_acquired(FileLock(root / f"{LOCK_FILE}-{side}")))
-                log_file = _SharedLog(root / "log.txt", maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
+                stack.enter_context(logged(root / "log.txt"))
             except Timeout as error:
                 raise StudyError(
                     f"{root}: another sae-transfer process is working in this directory",
@@ -203,19 +200,7 @@ class RunDirectory:
                 raise StudyError(
                     f"{root}: cannot be written ({error.strerror or error})", "choose another place with --out DIR"
                 ) from error
-            log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-            log_file.addFilter(ThinProgress(LOG_PROGRESS_EVERY_S))
-            log_file.addFilter(Redaction())
-            package_logger = logging.getLogger("sae_transfer")
-            package_logger.setLevel(logging.INFO)
-            package_logger.addHandler(log_file)
-            stack.callback(log_file.close)
-            stack.callback(package_logger.removeHandler, log_file)
-            try:
-                yield run
-            except BaseException as error:
-                log_file.handle(_last_record(error))  # in the file alone: who gets the error says it to the user
-                raise
+            yield run
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:
@@ -316,13 +301,6 @@ class RunDirectory:
             write_json(path, manifest)
 
 
-def _last_record(error: BaseException) -> logging.LogRecord:
-    """What a run's log says of the exception that ended it; where that is a bug, with its traceback."""
-    is_bug = isinstance(error, Exception) and not isinstance(error, StudyError)
-    text = "".join(traceback.format_exception(error)).rstrip() if is_bug else str(error) or type(error).__name__
-    return logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), None)
-
-
 def refuse_newer(root: Path) -> None:
     """Refuse a run directory that a newer version wrote.
 
@@ -335,51 +313,6 @@ def refuse_newer(root: Path) -> None:
             f"{root}: was written by sae-transfer {written_by}, and this is {__version__}",
             f"install sae-transfer {written_by} or later, or choose another place with --out DIR",
         )
-
-
-class _SharedLog(RotatingFileHandler):
-    """log.txt, which two processes may write: each follows when the other has begun a new file."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record to the file that has the name now; what cannot be written ends nothing."""
-        try:
-            if not self._is_current():
-                self._reopen()
-        except OSError:
-            self.handleError(record)
-            return
-        super().emit(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Leave out what a full disk has no room for: the terminal has it."""
-        if not isinstance(sys.exception(), OSError):
-            super().handleError(record)
-
-    def close(self) -> None:
-        """Close the file; what was left out would be tried again here."""
-        with suppress(OSError):
-            super().close()
-
-    def doRollover(self) -> None:
-        """Begin a new file, unless the other process just did."""
-        with FileLock(Path(self.baseFilename).with_name(f"{LOCK_FILE}-log")):
-            if self._is_current():
-                super().doRollover()
-            else:
-                self._reopen()
-
-    def _is_current(self) -> bool:
-        try:
-            return self.stream is not None and os.path.samestat(
-                os.fstat(self.stream.fileno()), os.stat(self.baseFilename)
-            )
-        except FileNotFoundError:
-            return False
-
-    def _reopen(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
-        self.stream = self._open()
 
 
 def _acquired(lock: FileLock) -> AcquireReturnProxy:

@@ -19,7 +19,7 @@ CHECKOUT = Path(__file__).parent.parent
 # From the bottom up. A room is a module or a subpackage; inside a subpackage imports are free, but for the stages.
 STOREYS = (
     {"errors", "progress", "throughput", "redaction", "signals"},
-    {"config", "demo", "console"},
+    {"config", "demo", "console", "run_log"},
     {"study_file"},
     {"study", "cost"},
     {"tracking"},

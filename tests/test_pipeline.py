@@ -306,6 +306,8 @@ def test_a_lack_of_memory_anywhere_is_said_with_what_to_do(
         StudyError, match=r"out of memory \(.*\); finished stages are kept.*\n  try: a device with more"
     ):
         run_stages(load_study(study_file), tmp_path / "run", ("train",))
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert "try: a device with more" in said and "Traceback" not in said
 
 
 def test_no_secret_reaches_a_file(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_transfer import signals, study
+from sae_transfer import run_log, signals, study
 from sae_transfer.errors import StudyError
 from sae_transfer.study import PATIENCE_VARIABLE, RunDirectory
 from tests.disks import fill
@@ -55,7 +55,7 @@ def test_patience_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_two_writers_of_one_log_begin_a_new_file_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "LOG_BYTES", 1000)
+    monkeypatch.setattr(run_log, "MAX_BYTES", 1000)
     lines = [f"line {index} {'x' * 80}" for index in range(100)]
     with RunDirectory.open(tmp_path, {}, ("base",)):
         base = logger.handlers[-1]
@@ -77,6 +77,7 @@ def test_two_writers_of_one_log_begin_a_new_file_together(tmp_path: Path, monkey
         (StudyError("no such layer", "lower site.layer"), "no such layer\n  try: lower site.layer\n", False),
         (signals.Stopped(signal.SIGTERM), "stopped by SIGTERM\n", False),
         (KeyboardInterrupt(), "KeyboardInterrupt\n", False),
+        (StudyError("caf\udce9: no such file"), "caf\\udce9: no such file\n", False),  # a name that is not UTF-8
         (ZeroDivisionError("of https://me:hush@example.org"), "ZeroDivisionError: of https://example.org\n", True),
     ],
 )
@@ -99,6 +100,32 @@ def test_a_log_without_room_leaves_a_run_its_own_error(small_disk: Path, capfd: 
         fail(small_disk / "run", StudyError("the first reason"), fill_the_disk)
     assert "begun" in (small_disk / "run" / "log.txt").read_text()
     assert capfd.readouterr().err == ""
+
+
+def test_a_run_directory_that_was_moved_leaves_a_run_its_own_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def move() -> None:
+        (tmp_path / "run").rename(tmp_path / "moved")
+        logger.info("one")
+        logger.info("two")
+
+    with pytest.raises(StudyError, match="the first reason"):
+        fail(tmp_path / "run", StudyError("the first reason"), move)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_log_goes_on_where_another_process_began_a_new_one_on_a_full_disk(small_disk: Path) -> None:
+    log = small_disk / "run" / "log.txt"
+    with RunDirectory.open(small_disk / "run", {}):
+        filler = fill(small_disk)
+        logger.info("x" * 3_000)
+        logger.info("x" * 3_000)
+        log.replace(log.with_name("log.txt.1"))
+        logger.info("lost")
+        filler.unlink()
+        logger.info("there is room again")
+    assert log.read_text().endswith("there is room again\n")
 
 
 def test_the_checkout_that_a_manifest_names_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
