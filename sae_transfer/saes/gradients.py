@@ -87,7 +87,6 @@ class Gradients:
         self._cast: dict[Tensor, Tensor] = {}
         self._error = torch.empty_like(x)
         self._kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # rows, columns, values, gradients
-        self._n_kept = 0
         self._most_kept = _block_rows(len(self._W_dec), x.device) * len(self._W_dec) // ELEMENTS_A_KEPT_FEATURE
         self._has_begun = False  # whether the weights' `grad` is of this batch
         for parameter in (self._W_enc, self._b_enc, self._W_dec, self._b_dec):
@@ -100,7 +99,7 @@ class Gradients:
 
     def pre_acts(self, block: slice) -> Float[Tensor, "tok d_sae"]:
         """The encoder's product on a block of rows."""
-        if self._n_kept >= self._most_kept:
+        if sum(len(grad) for *_, grad in self._kept) >= self._most_kept:
             self._add_kept()  # now, between two blocks, when the memory of neither is taken
         encoder_in = self._encoder_in[block].to(self._dtype)
         return torch.addmm(self._of_dtype(self._b_enc), encoder_in, self._of_dtype(self._W_enc))
@@ -128,7 +127,6 @@ class Gradients:
         places = _csr(starts, active.cols, torch.zeros_like(active.values), shape)
         grad = torch.sparse.sampled_addmm(places, error, self._W_dec.T, beta=0.0).values() + self._penalty[active.cols]
         self._kept.append((active.rows + block.start, active.cols, active.values, grad))
-        self._n_kept += len(grad)
 
     def add_features(
         self,
@@ -183,7 +181,7 @@ class Gradients:
     def _add_kept(self) -> None:
         """The weights' gradients of sparse blocks: a feature's is a sum over the tokens that it was active on."""
         rows, cols, values, grads = (torch.cat(part) for part in zip(*self._kept, strict=True))
-        self._kept, self._n_kept = [], 0
+        self._kept = []
         starts, order = _starts(cols, len(self._W_dec)), torch.argsort(cols, stable=True)
         del cols
         # one after the other, so that each is there twice alone

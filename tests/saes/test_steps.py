@@ -160,8 +160,10 @@ def most_bytes_held(run: Callable[[], object], trace: Path) -> int:
     # few are active, as late in training; and about as many as a sparse step takes, of a batch of many blocks, with
     # most of one block's or none of them kept beside the next
     [
-        *[(128, 2048, 512, 0.005, 0.85), (256, 4096, 512, 0.005, 0.85)],
-        *[(256, 4096, 2048, 0.062, 1.0), (256, 4096, 2048, 0.068, 1.0)],
+        (128, 2048, 512, 0.005, 0.85),
+        (256, 4096, 512, 0.005, 0.85),
+        (256, 4096, 2048, 0.062, 1.0),
+        (256, 4096, 2048, 0.068, 1.0),
     ],
 )
 def test_a_sparse_step_takes_less_memory_than_a_dense_one(
