@@ -1,7 +1,8 @@
 """Asked to stop (SIGTERM, SIGUSR2, Ctrl-C): at once where every file is written whole, between two steps in training.
 
 A handler runs wherever Python happens to be. What it raises is lost where that is a `__del__` or a callback of a weak
-reference, so it also notes that it was asked, and what takes long calls `check` between its units of work.
+reference, so it also notes that it was asked, and what takes long calls `check` between its units of work. While a
+module is imported it only notes: C++ that imports aborts the process, and transformers says that a module is missing.
 Only the command line installs the handlers; before it does, nothing here does anything.
 """
 
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 from types import FrameType
 
 EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130
-STOPPING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+SCHEDULERS = (signal.SIGTERM, signal.SIGUSR2)
+STOPPING = (*SCHEDULERS, signal.SIGINT)
 PARENT_VARIABLE = "SAE_TRANSFER_PARENT"
+IMPORTING = "<frozen importlib._bootstrap>"  # where the frames below a module's own say that their code is
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -50,7 +53,9 @@ _counting = threading.Lock()  # trainings run in threads of their own
 def installed() -> Iterator[None]:
     """Handle the signals that ask to stop while the block runs; in the main thread.
 
-    Where the block ends by an exception, threads that it left at work can hear afterwards that they were asked.
+    Where the block ends by an exception, threads that it left at work can hear afterwards that they were asked. Where
+    that is `Stopped`, the process is left deaf to SIGTERM and SIGUSR2: schedulers send both, to parents and children,
+    and the second would end it before it has said why, and with another exit code.
     """
     global _state
     _state = _State()
@@ -64,6 +69,9 @@ def installed() -> Iterator[None]:
     sys.unraisablehook = hook_without_stops
     try:
         yield
+    except Stopped:
+        before |= dict.fromkeys(SCHEDULERS, signal.SIG_IGN)
+        raise
     finally:
         sys.unraisablehook = hook
         for number, handler in before.items():
@@ -115,5 +123,11 @@ def _handle(number: int, frame: FrameType | None) -> None:
             raise KeyboardInterrupt
     if _state.asked is None:
         _state.asked = number
-        if not _state.n_deferring:  # only the first: a later one would stop what cleans up after it
-            check()
+        if not _state.n_deferring and not _is_importing(frame):
+            check()  # only the first: a later one would stop what cleans up after it
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != IMPORTING:
+        frame = frame.f_back
+    return frame is not None

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 
@@ -31,10 +32,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def nobody_asks_to_stop() -> Iterator[None]:
-    """A test that asks to stop asks no later one."""
+    """A test that asks to stop asks no later one, nor leaves this process deaf."""
+    before = {number: signal.getsignal(number) for number in signals.STOPPING}
     yield
     with signals.installed():
         pass
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 REAL_GPU = pytest.param("real GPU", marks=pytest.mark.gpu)

@@ -1,14 +1,18 @@
 """Asked to stop: at once or at the next check, told apart by its signal; and no child outlives its parent."""
 
+import importlib
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from sae_transfer import cli, signals
+from sae_transfer.console import ConsoleHandler
 from tests.asking import Dying, ask
 
 
@@ -75,6 +79,34 @@ def test_a_stop_that_was_lost_in_a_destructor_is_raised_by_every_later_check() -
         for _ in range(2):
             with pytest.raises(signals.Stopped, match="SIGTERM"):
                 signals.check()
+
+
+def test_while_modules_are_imported_a_stop_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "asks_to_stop.py").write_text("from tests.asking import ask; ask(15); passed = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    with signals.installed(), pytest.raises(signals.Stopped, match="SIGTERM"), cli._imports():
+        importlib.import_module("asks_to_stop")
+    assert sys.modules.pop("asks_to_stop").passed
+
+
+def test_who_has_stopped_says_so_whatever_else_a_scheduler_sends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda: ask(signal.SIGUSR2))
+    monkeypatch.setattr(cli, "ConsoleHandler", AskedAgain)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    ask(signal.SIGTERM, signal.SIGUSR2)  # also while the interpreter winds down
+    assert end.value.code == 75
+    assert "stopped by SIGUSR2" in capsys.readouterr().err
+
+
+class AskedAgain(ConsoleHandler):
+    """Is asked to stop when it is about to say something."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ask(signal.SIGTERM, signal.SIGUSR2)
+        super().emit(record)
 
 
 def test_a_command_that_lost_a_stop_does_not_end_well(monkeypatch: pytest.MonkeyPatch) -> None:
