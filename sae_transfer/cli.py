@@ -466,7 +466,6 @@ def _imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-    signals.check()  # what asks during an import is only noted
 
 
 @contextmanager

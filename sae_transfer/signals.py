@@ -1,9 +1,10 @@
-"""Asked to stop (SIGTERM, SIGUSR2, Ctrl-C): at once where every file is written whole, between two steps in training.
+"""Asked to stop (by a scheduler or Ctrl-C): at once where every file is written whole, between two steps in training.
 
 A handler runs wherever Python happens to be. What it raises is lost where that is a `__del__` or a callback of a weak
-reference, so it also notes that it was asked, and what takes long calls `check` between its units of work. While a
-module is imported it only notes: C++ that imports aborts the process, and transformers says that a module is missing.
-Only the command line installs the handlers; before it does, nothing here does anything.
+reference, so it also notes that it was asked, and what takes long calls `check` between its units of work. Raised while
+a module is imported, it would abort the process where C++ imports, and transformers would take it for a missing module:
+there it is put off until the import is over.
+Only main programs install the handlers; before they do, nothing here does anything.
 """
 
 import ctypes
@@ -17,10 +18,11 @@ from dataclasses import dataclass
 from types import FrameType
 
 EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130
-SCHEDULERS = (signal.SIGTERM, signal.SIGUSR2)
+SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # submitit can be told to use either of the last two
 STOPPING = (*SCHEDULERS, signal.SIGINT)
 PARENT_VARIABLE = "SAE_TRANSFER_PARENT"
-IMPORTING = "<frozen importlib._bootstrap>"  # where the frames below a module's own say that their code is
+IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # file name of the frames from which Python carries a module out
+AGAIN_S = 0.05
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -53,13 +55,14 @@ _counting = threading.Lock()  # trainings run in threads of their own
 def installed() -> Iterator[None]:
     """Handle the signals that ask to stop while the block runs; in the main thread.
 
-    Where the block ends by an exception, threads that it left at work can hear afterwards that they were asked. Where
-    that is `Stopped`, the process is left deaf to SIGTERM and SIGUSR2: schedulers send both, to parents and children,
-    and the second would end it before it has said why, and with another exit code.
+    Where the block ends by an exception, threads that it left at work can hear afterwards that they were asked. And who
+    was asked is left deaf to schedulers, which send one signal after another, to parents and children: the second would
+    end the process before it has said why, and with another exit code.
     """
     global _state
     _state = _State()
     before = {number: signal.signal(number, _handle) for number in STOPPING}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _handle_again)
     hook = sys.unraisablehook
 
     def hook_without_stops(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -69,11 +72,13 @@ def installed() -> Iterator[None]:
     sys.unraisablehook = hook_without_stops
     try:
         yield
-    except Stopped:
-        before |= dict.fromkeys(SCHEDULERS, signal.SIG_IGN)
+    except BaseException:
+        if _state.asked is not None:
+            before |= dict.fromkeys(SCHEDULERS, signal.SIG_IGN)
         raise
     finally:
         sys.unraisablehook = hook
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
     _state = _State()
@@ -96,6 +101,7 @@ def deferred() -> Iterator[None]:
 def check() -> None:
     """Raise `Stopped` if the process was asked to stop; not for what cleans up after it."""
     if _state.asked is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # it would stop what cleans up
         raise Stopped(_state.asked)
 
 
@@ -113,21 +119,37 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):
-        raise Stopped(signal.SIGTERM)
+        _state.asked = signal.SIGTERM
+        check()
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         _state.n_interrupts += 1
         if _state.n_interrupts > 1:
+            if _is_importing(frame):
+                os._exit(EXIT_INTERRUPTED)
             raise KeyboardInterrupt
-    if _state.asked is None:
+    if _state.asked is None:  # only the first: a later one would stop what cleans up after it
         _state.asked = number
-        if not _state.n_deferring and not _is_importing(frame):
-            check()  # only the first: a later one would stop what cleans up after it
+        _stop_or_wait(frame)
+
+
+def _handle_again(_: int, frame: FrameType | None) -> None:
+    if _state.asked is not None:
+        _stop_or_wait(frame)
+
+
+def _stop_or_wait(frame: FrameType | None) -> None:
+    if _state.n_deferring:
+        return  # the end of those blocks is a check
+    if _is_importing(frame):
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+    else:
+        check()
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != IMPORTING:
+    while frame is not None and frame.f_code.co_filename != IMPORT_SYSTEM:
         frame = frame.f_back
     return frame is not None

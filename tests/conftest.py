@@ -33,7 +33,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def nobody_asks_to_stop() -> Iterator[None]:
     """A test that asks to stop asks no later one, nor leaves this process deaf."""
-    before = {number: signal.getsignal(number) for number in signals.STOPPING}
+    before = {number: signal.getsignal(number) for number in (*signals.STOPPING, signal.SIGALRM)}
     yield
     with signals.installed():
         pass

@@ -1,22 +1,27 @@
 """Asked to stop: at once or at the next check, told apart by its signal; and no child outlives its parent."""
 
 import importlib
-import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from sae_transfer import cli, signals
-from sae_transfer.console import ConsoleHandler
 from tests.asking import Dying, ask
 
+CHECKOUT = Path(__file__).parents[1]
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)]
+)
 def test_a_signal_stops_at_once_with_its_exit_code(number: int, code: int) -> None:
     with signals.installed(), pytest.raises(signals.Stopped) as stop:
         ask(number)
@@ -81,32 +86,93 @@ def test_a_stop_that_was_lost_in_a_destructor_is_raised_by_every_later_check() -
                 signals.check()
 
 
-def test_while_modules_are_imported_a_stop_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "asks_to_stop.py").write_text("from tests.asking import ask; ask(15); passed = True")
+@pytest.fixture
+def importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Import a module of some code."""
     monkeypatch.syspath_prepend(tmp_path)
-    with signals.installed(), pytest.raises(signals.Stopped, match="SIGTERM"), cli._imports():
-        importlib.import_module("asks_to_stop")
-    assert sys.modules.pop("asks_to_stop").passed
+
+    def import_it(code: str) -> ModuleType:
+        (tmp_path / "imported_in_a_test.py").write_text(code)
+        return importlib.import_module("imported_in_a_test")
+
+    yield import_it
+    sys.modules.pop("imported_in_a_test", None)
 
 
-def test_who_has_stopped_says_so_whatever_else_a_scheduler_sends(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli, "app", lambda: ask(signal.SIGUSR2))
-    monkeypatch.setattr(cli, "ConsoleHandler", AskedAgain)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    ask(signal.SIGTERM, signal.SIGUSR2)  # also while the interpreter winds down
-    assert end.value.code == 75
-    assert "stopped by SIGUSR2" in capsys.readouterr().err
+def test_a_stop_while_a_module_is_imported_comes_once_it_is(importing: Callable[[str], ModuleType]) -> None:
+    passed, cleaned = [], []
+
+    def stage() -> None:
+        try:
+            importing("from tests.asking import ask; ask(15)")
+            passed.append("import")
+            time.sleep(10)
+            passed.append("what follows")
+        finally:
+            time.sleep(2 * signals.AGAIN_S)
+            cleaned.append(True)
+
+    with signals.installed(), pytest.raises(signals.Stopped, match="SIGTERM"):
+        stage()
+    assert (passed, cleaned) == (["import"], [True])
 
 
-class AskedAgain(ConsoleHandler):
-    """Is asked to stop when it is about to say something."""
+def test_a_check_that_comes_before_is_the_only_stop(importing: Callable[[str], ModuleType]) -> None:
+    cleaned = []
 
-    def emit(self, record: logging.LogRecord) -> None:
-        ask(signal.SIGTERM, signal.SIGUSR2)
-        super().emit(record)
+    def stage() -> None:
+        try:
+            importing("from tests.asking import ask; ask(15)")
+            signals.check()
+        finally:
+            time.sleep(2 * signals.AGAIN_S)
+            cleaned.append(True)
+
+    with signals.installed(), pytest.raises(signals.Stopped, match="SIGTERM"):
+        stage()
+    assert cleaned
+
+
+IN_AN_IMPORT = """
+import os, signal, sys, threading, time
+from sae_transfer import cli
+def app():
+    def ask_twice():
+        for _ in range(2):
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=ask_twice, daemon=True).start()
+    import takes_long
+cli.app = app
+cli.main()
+"""
+
+
+def test_a_second_ctrl_c_does_not_wait_for_an_import(tmp_path: Path) -> None:
+    (tmp_path / "takes_long.py").write_text("import time; time.sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(CHECKOUT)])}
+    end = subprocess.run([sys.executable, "-c", IN_AN_IMPORT], env=environment, timeout=50, check=False)
+    assert end.returncode == 130
+
+
+ASKED_AGAIN = """
+import atexit, logging, signal
+from sae_transfer import cli
+from tests.asking import ask
+def again(*_):
+    ask(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+    return True
+logging.getLogger("sae_transfer").addFilter(again)
+atexit.register(again)
+cli.app = lambda: ask(signal.SIGUSR2)
+cli.main()
+"""
+
+
+def test_who_was_asked_says_so_whatever_else_a_scheduler_sends() -> None:
+    end = subprocess.run([sys.executable, "-c", ASKED_AGAIN], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert end.returncode == 75
+    assert "stopped by SIGUSR2" in end.stderr
 
 
 def test_a_command_that_lost_a_stop_does_not_end_well(monkeypatch: pytest.MonkeyPatch) -> None:

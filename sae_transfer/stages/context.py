@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from sae_transfer import signals
 from sae_transfer.analysis.metrics import BOOTSTRAP_SEED
 from sae_transfer.analysis.site import OneModelAtATime
 from sae_transfer.config import SIDES, Study, study_hash
@@ -314,7 +313,6 @@ class Context:
         with _LOADING:
             model = load_model(checkpoint, dtype=dtype, device=device, layers=layers)
             splicer = open_splicer(model, hook_name, checkpoint)
-        signals.check()  # both import what the architecture needs, and a stop in there is only noted
         difference = splicer.difference
         self._agreement[f"{side}-{purpose}"] = {
             "path": "restart" if splicer.restarts else "whole passes",

@@ -28,7 +28,6 @@ REPORT_MEM_GB = 8.0
 RETRY_S = 5.0
 KILLED_WITHIN_S = 120.0  # after being put back into the queue
 PREEMPTED = "preempted or out of time; goes on from its checkpoint"
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # submitit can be told to use either of the first two
 # A job that is preempted while Python starts has no handler yet and would end as failed. So it ignores the signal until
 # then, and SLURM takes it off its node and back into the queue when its time of grace is over.
 PYTHON = f"""sh -c 'trap "" USR1 USR2; exec "$0" "$@"' {shlex.quote(sys.executable)}"""
@@ -44,7 +43,7 @@ def _deferred() -> Iterator[None]:
     """
     came: list[int] = []
     # what is no function stays: submitit may have a signal print a stack by means that Python does not see
-    held = [number for number in SIGNALS if callable(signal.getsignal(number))]
+    held = [number for number in signals.SCHEDULERS if callable(signal.getsignal(number))]
     handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in held}
     try:
         yield
@@ -144,7 +143,7 @@ class BatchJob:
     def checkpoint(self) -> DelayedSubmission:
         """Stop the child, which writes its checkpoint, and go back into the queue; submitit calls this on a signal."""
         # from here on this process ends; another signal would begin this again inside itself, and wait for its own lock
-        for number in SIGNALS:
+        for number in signals.SCHEDULERS:
             signal.signal(number, signal.SIG_IGN)
         if self._child is not None:
             self._child.stop_within(STOP_FRACTION * self.signal_delay_s)
@@ -175,6 +174,7 @@ def submit(directory: Path, jobs: Sequence[Job], records: Mapping[str, Record], 
         arrays[job.kind == "report", job.needs].append(job)
     for (is_report, needs), members in arrays.items():
         waits_for = [known for need in needs if (known := ids.get(need))]
+        signals.check()
         with signals.deferred():  # a job that SLURM has and no file knows could not be cancelled
             ids |= _submit_array(directory, members, launcher, waits_for, is_report=is_report)
 

@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 
+from sae_transfer import signals
 from sae_transfer.sweep import slurm
+from sae_transfer.sweep.file import Launcher
 from sae_transfer.sweep.jobs import Job, write_jobs
 from sae_transfer.sweep.states import Record, read_record, submitted, update_record
+from tests.asking import Dying
 
 REPORT = Job("report", "report", (), (), ())
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (*slurm.SIGNALS, signal.SIGCONT)}
+    before = {number: signal.getsignal(number) for number in (*signals.SCHEDULERS, signal.SIGCONT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -117,3 +120,11 @@ def test_a_job_that_was_submitted_anew_or_taken_back_does_nothing(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     slurm.BatchJob(str(tmp_path), "report", 90)()
     assert read_record(tmp_path, "report") == record
+
+
+def test_nothing_is_submitted_once_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "_submit_array", lambda *_, **__: pytest.fail("submitted"))
+    with signals.installed():
+        Dying()
+        with pytest.raises(signals.Stopped):
+            slurm.submit(tmp_path, [REPORT], {}, Launcher())
