@@ -1,10 +1,10 @@
 """How far `sae-transfer check` is from what small studies really take, on one CPU core: memory and time of each stage.
 
-    .venv/bin/python scripts/bench_check.py
+    .venv/bin/python scripts/bench_check.py --json results/benchmarks/check.json
 
 Measures the core's matrix rate and memory bandwidth, predicts studies of several shapes from them, carries each stage
 out in a process of its own, and compares. Time is CPU time less that of a study with next to nothing to do, so that
-imports do not count. Writes results/benchmarks/check.json.
+imports do not count.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main() -> None:
     """Measure, predict, carry out, compare."""
     parser = argparse.ArgumentParser(description="Predicted against measured memory and time.")
     parser.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES), help="Studies; unset: all.")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/check.json"))
+    parser.add_argument("--json", type=Path, default=None, help="where the results are written")
     arguments = parser.parse_args()
     on_one_core()
     device = measured_core()
@@ -115,7 +115,9 @@ def main() -> None:
         )
     )
     say_agreement(rows)
-    write_json(arguments.out, {"device": asdict(device), "start_up_cpu_seconds": idle, "stages": rows})
+    if arguments.json:
+        write_json(arguments.json, {"device": asdict(device), "start_up_cpu_seconds": idle, "stages": rows})
+        say(f"written to {arguments.json}")
 
 
 if __name__ == "__main__":

@@ -375,9 +375,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="Small shapes, on the CPU: does it work?")
     parser.add_argument("--repeats", type=int, default=5, help="Measured calls of each part.")
     parser.add_argument("--width", type=int, default=None, help="Features; unset: 131072.")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="JSON; unset: results/benchmarks/gpu.json, not if --small."
-    )
+    parser.add_argument("--json", type=Path, default=None, help="unset: results/benchmarks/gpu.json, not if --small.")
     arguments = parser.parse_args()
     if not arguments.small and not torch.cuda.is_available():
         raise SystemExit("bench_gpu.py needs a CUDA GPU; --small runs small shapes on the CPU")
@@ -385,7 +383,7 @@ def main() -> None:
     sizes = SMALL if arguments.small else FULL
     if arguments.width is not None:
         sizes = Sizes(**{**vars(sizes), "d_sae": arguments.width})
-    out = arguments.out or (None if arguments.small else Path("results/benchmarks/gpu.json"))
+    out = arguments.json or (None if arguments.small else Path("results/benchmarks/gpu.json"))
     bench = Bench(sizes, "cpu" if arguments.small else "cuda", arguments.repeats, out)
     device = bench.machine
     say(

@@ -37,7 +37,7 @@ SMALL_STEP = (
 )
 SMALL_LM = "--d-model 32 --heads 4 --kv-heads 2 --d-mlp 64 --layers 3 --site 1 --d-vocab 300"
 OTHERS = {
-    "bench_gpu.py": "--small --repeats 1 --out {out}",
+    "bench_gpu.py": "--small --repeats 1 --json {out}",
     "bench_train.py": f"--repeats 1 --widths 64 --tokens 16384 --norm-batches 4 {SMALL_STEP} --json {{out}}",
     "bench_checkpoint.py": "--d-in 32 --widths 64 --repeats 1 --json {out}",
     "bench_lm.py": f"{SMALL_LM} --contexts 32 --tokens 224 --prompts 2 3 --repeats 1 --json {{out}}",
