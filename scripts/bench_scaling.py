@@ -18,7 +18,6 @@ from typing import Any
 from bench import machine, say, write_json
 from small_studies import VERBS, carry_out, make_study, measured_core, on_one_core, say_agreement, start_up
 
-from sae_transfer.cost.device import Device
 from sae_transfer.cost.estimate import REALISED, estimate
 from sae_transfer.cost.shape import model_shape
 from sae_transfer.report.style import BLUE, VERMILLION, WIDE, Plot, legend_below, new_figure, plain_log, styled
@@ -65,8 +64,9 @@ AXES: dict[str, tuple[Sequence[int], Sequence[str]]] = {
 }
 
 
-def measure(axis: str, value: int, names: Sequence[str], device: Device) -> list[dict[str, Any]]:
-    """The stages of one point, beside what `check` predicts of them."""
+def measure(axis: str, value: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The stages of one point, beside what `check` predicts of them from the rates that the core has at the time."""
+    device = measured_core()
     with tempfile.TemporaryDirectory() as directory:
         path = make_study(Path(directory), *points(axis, value))
         config = json.loads((Path(directory) / "base" / "config.json").read_text(encoding="utf-8"))
@@ -76,6 +76,8 @@ def measure(axis: str, value: int, names: Sequence[str], device: Device) -> list
                 "axis": axis,
                 "value": value,
                 "stage": stage.name,
+                "gflops": 1000 * device.tflops_float32,
+                "gbps": device.gbps,
                 **asdict(carry_out(path, VERBS[stage.name])),
                 "predicted_seconds": 3600 * stage.hours(device) / REALISED[1],
                 "predicted_bytes": stage.memory.total,
@@ -86,7 +88,7 @@ def measure(axis: str, value: int, names: Sequence[str], device: Device) -> list
 
 
 def median(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Of several measurements of a point, the stages with their median time, its spread, and the most memory."""
+    """Of several measurements of a point, the stages with median times, measured and predicted, and the most memory."""
     found = []
     for rows in zip(*runs, strict=True):
         times = [row["cpu_seconds"] for row in rows]
@@ -94,6 +96,7 @@ def median(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             "cpu_seconds": statistics.median(times),
             "cpu_seconds_low": min(times),
             "cpu_seconds_high": max(times),
+            "predicted_seconds": statistics.median(row["predicted_seconds"] for row in rows),
         }
         found.append({**rows[0], **spread, "peak_bytes": max(row["peak_bytes"] for row in rows)})
     return found
@@ -151,12 +154,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     arguments = parser.parse_args()
     on_one_core()
-    device, idle = measured_core(), start_up(COLOURS)
+    idle = start_up(COLOURS)
     rows: list[dict[str, Any]] = []
     for axis in arguments.only:
         values, names = AXES[axis]
         for value in values[: arguments.points]:
-            for row in median([measure(axis, value, names, device) for _ in range(arguments.repeats)]):
+            for row in median([measure(axis, value, names) for _ in range(arguments.repeats)]):
                 rows.append({**row, "seconds": row["cpu_seconds"] - idle[row["stage"]]})
                 say(
                     f"{axis} {value:,}, {row['stage']}: {rows[-1]['seconds']:.1f} s"
@@ -164,7 +167,7 @@ def main() -> None:
                     f" (predicted {row['predicted_bytes'] / GIB:.2f})"
                 )
     say_agreement(rows)
-    found = {"device": asdict(device), "repeats": arguments.repeats, "start_up_cpu_seconds": idle, "points": rows}
+    found = {"repeats": arguments.repeats, "start_up_cpu_seconds": idle, "points": rows}
     write_json(arguments.out / "scaling.json", found)
     plot = draw(rows, arguments.only, machine()["cpu"])
     for path in plot.write(arguments.out):
